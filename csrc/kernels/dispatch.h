@@ -1,0 +1,21 @@
+// dispatch.h: which instruction set runs. Chosen once at load from what CPU and system offer; FLASHMLA_ISA or force_isa() override.
+#pragma once
+
+namespace flashmla {
+
+// Name of the level in use: scalar, avx2, avx512_vnni, avx512_bf16.
+const char* isa_name();
+
+// Levels compiled in, lowest first; null terminated.
+const char* const* isa_names();
+
+// Whether this machine can run the level.
+bool isa_available(const char* name);
+
+// Makes `name` the level in use ("" or "auto": the best available). False, and nothing changes, if unknown or unavailable.
+bool force_isa(const char* name);
+
+// True when FLASHMLA_ISA was set at load to something unknown or unavailable (the ops raise on the first call).
+const char* isa_environment_error();
+
+}  // namespace flashmla

@@ -1,0 +1,115 @@
+// params.h: the plain structs that carry a call from the ops to the kernels. Pointers, strides in bytes, no tensors.
+//
+//   ops (tensors, checks)  ->  params.h  ->  driver.h (plan, threads)  ->  kernel_table.h (one instruction set)
+//
+// Everything here is checked by the ops before a kernel sees it: kernels trust it.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace flashmla {
+
+enum class ScalarType : uint8_t { kF32, kBf16, kF16 };
+
+enum class MaskType : uint8_t { kNone, kBool, kF32, kBf16, kF16 };
+
+// How a row of the cache is stored. The list with names and sizes is formats.h.
+enum class CacheFormat : uint8_t { kF32, kBf16, kF16, kQ8Kv, kQ8_0, kQ6_0 };
+
+// A paged cache tensor: token t of block b starts at data + b * block_stride + t * token_stride.
+struct PagedRows {
+  std::byte* data;       // [num_blocks, block_size, row]
+  int64_t block_stride;  // bytes
+  int64_t token_stride;  // bytes
+};
+
+// Queries (or outputs): element row (b, s, h) starts at data + b * stride[0] + s * stride[1] + h * stride[2].
+struct QueryRows {
+  std::byte* data;    // [B, Sq, H, width]
+  int64_t stride[3];  // bytes
+};
+
+// The cache as attention sees it. Float formats: kv_c rows hold L values, k_pe rows hold R values (in the one-tensor form
+// k_pe.data is kv_c.data plus L elements, with the same strides). Packed formats: kv_c rows hold everything, k_pe is unused.
+struct CacheView {
+  CacheFormat format;
+  int32_t latent;  // L, values
+  int32_t rope;    // R, values
+  PagedRows kv_c;
+  PagedRows k_pe;
+  int32_t block_size;          // tokens per block
+  const int32_t* block_table;  // [B, block_table_stride]; null: sequence b is block b
+  int64_t block_table_stride;  // entries
+};
+
+// Absorbed attention: queries of D = L + R values against the latent cache, values are the first L columns.
+struct AttentionParams {
+  int32_t batch;  // B
+  int32_t q_len;  // Sq
+  int32_t heads;  // H
+  ScalarType q_type;
+  QueryRows q;     // [B, Sq, H, L]
+  QueryRows q_pe;  // [B, Sq, H, R]
+  CacheView cache;
+  const int32_t* cache_seqlens;  // [B], including the new tokens
+  float softmax_scale;
+
+  // Which keys a row sees: all of these combine by AND.
+  bool causal;                   // bottom-right aligned
+  int32_t window;                // > 0: the last `window` keys only
+  const int32_t* cache_leftpad;  // [B] or null
+  MaskType mask_type;
+  const std::byte* mask;   // [B, H, Sq, S], columns contiguous, or null
+  int64_t mask_stride[3];  // bytes, of B, H, Sq (0: broadcast)
+
+  const float* attn_sink;  // [H] or null
+
+  QueryRows out;          // [B, Sq, H, L], q_type
+  float* lse;             // [B, H, Sq]: natural logarithm, without the sink
+  int64_t lse_stride[3];  // elements, of B, H, Sq
+
+  bool deterministic;  // key splits depend on one sequence alone, never on threads or batch mates
+};
+
+// Writes tokens into the cache. Token i goes to slot slot_mapping[i] = block * block_size + offset; -1 skips it.
+struct AppendParams {
+  int64_t tokens;
+  ScalarType type;        // of kv_c and k_pe
+  const std::byte* kv_c;  // [tokens, L]
+  int64_t kv_c_stride;    // bytes
+  const std::byte* k_pe;  // [tokens, R]
+  int64_t k_pe_stride;    // bytes
+  const int64_t* slot_mapping;  // [tokens]
+  CacheView cache;              // block_table unused
+};
+
+// Dequantises rows of the cache into a dense tensor, zero beyond each length.
+struct GatherParams {
+  int32_t batch;
+  int64_t max_seqlen;            // N: rows written per sequence
+  CacheView cache;
+  const int32_t* cache_seqlens;  // [B]
+  ScalarType out_type;
+  std::byte* out;  // [B, N, L + R], contiguous
+};
+
+// Combines two partial results of the same queries by their log-sum-exp; the sink, if any, joins here.
+struct MergeParams {
+  int32_t batch;
+  int32_t q_len;
+  int32_t heads;
+  int32_t width;  // values per row
+  ScalarType type;
+  QueryRows out_a;         // [B, Sq, H, width]
+  QueryRows out_b;         // [B, Sq, H, width]
+  QueryRows out;           // [B, Sq, H, width]
+  const float* lse_a;      // [B, H, Sq]
+  const float* lse_b;      // [B, H, Sq]
+  float* lse;              // [B, H, Sq]
+  int64_t lse_a_stride[3]; // elements
+  int64_t lse_b_stride[3];
+  int64_t lse_stride[3];
+  const float* attn_sink;  // [H] or null
+};
+
+}  // namespace flashmla
