@@ -1,0 +1,235 @@
+"""Multi-head latent attention of this package inside models of transformers.
+
+::
+
+    from torch_flash_mla.integrations.transformers import patch
+
+    report = patch(model, kv_cache_dtype="q8_kv")  # print(report) shows what happened to each layer
+    model.generate(**inputs)                        # pages of 8-bit latents, no expanded keys
+
+``patch`` changes two attributes of each MLA layer (``expand_kv`` and ``config``) and how ``generate()`` makes its
+cache. Weights, state_dict, masks and every other layer stay as they are; ``unpatch`` takes it back.
+
+    patch / patched / unpatch  ->  _attention.py (one call of the op)  ->  torch.ops.flashmla
+                                   _mla_cache.py (pages), _weights.py (kv_b_proj)
+
+Setting ``TORCH_FLASH_MLA_DISABLE=1`` turns ``patch`` into a report that changes nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from torch import nn
+
+_OLDEST = Version("5.15")  # the first release whose MLA layers cache the latent
+_OLDEST_SPARSE = Version("5.18")  # the same for layers with an indexer
+_VERSION = Version(Version(transformers.__version__).base_version)
+
+if _VERSION < _OLDEST:
+    raise ImportError(
+        f"torch_flash_mla.integrations.transformers needs transformers >= {_OLDEST}, found "
+        f"{transformers.__version__}: earlier releases cache expanded keys and values, not the latent"
+    )
+
+from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
+from transformers.masking_utils import sdpa_mask  # noqa: E402
+
+from torch_flash_mla.formats import PACKED_FORMATS  # noqa: E402
+from torch_flash_mla.integrations._attention import (  # noqa: E402
+    ATTENTION_NAME,
+    PatchState,
+    is_mla,
+    mla_attention_forward,
+    passthrough,
+    patch_state,
+)
+from torch_flash_mla.integrations._mla_cache import MLACache  # noqa: E402
+
+__all__ = ["LayerReport", "MLACache", "PatchReport", "patch", "patched", "unpatch"]
+
+# from_pretrained(..., attn_implementation="mla_cpu") works from here on.
+AttentionInterface.register(ATTENTION_NAME, mla_attention_forward)
+AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+
+PATCHED, STOCK, FAILED = "patched", "stock", "not patched"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What happened to one attention layer."""
+
+    name: str  # its path in the model
+    status: str  # "patched", "stock" (rightly left alone) or "not patched" (MLA, but not possible)
+    reason: str
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What :func:`patch` did. ``str(report)`` is a table."""
+
+    layers: tuple[LayerReport, ...]
+    kv_cache_dtype: str
+
+    @property
+    def patched(self) -> tuple[str, ...]:
+        """Names of the patched layers."""
+        return tuple(layer.name for layer in self.layers if layer.status == PATCHED)
+
+    @property
+    def failed(self) -> tuple[LayerReport, ...]:
+        """MLA layers that could not be patched."""
+        return tuple(layer for layer in self.layers if layer.status == FAILED)
+
+    def __str__(self) -> str:
+        rows = [("layer", "status", "reason")] + [(x.name, x.status, x.reason) for x in self.layers]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        lines.append(f"{len(self.patched)} of {len(self.layers)} attention layers patched")
+        return "\n".join(line.rstrip() for line in lines)
+
+
+class _CacheForGeneration:
+    """Stands in for ``model._prepare_cache_for_generation``: supplies an MLACache where nothing else was asked.
+
+    An object and not a closure, so that the model can still be pickled and deep-copied.
+    """
+
+    def __init__(self, model: nn.Module, kv_cache_dtype: str) -> None:
+        self.model = model
+        self.kv_cache_dtype = kv_cache_dtype
+
+    def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        stock = type(self.model)._prepare_cache_for_generation
+        explicit = (
+            model_kwargs.get("past_key_values") is not None
+            or generation_config.cache_implementation is not None
+            or generation_config.use_cache is False
+        )
+        if explicit:
+            return stock(self.model, generation_config, model_kwargs, *args, **kwargs)
+        layers = {m.layer_idx for m in self.model.modules() if patch_state(m) is not None}
+        cache = MLACache(self.model.config, self.kv_cache_dtype, layers=layers)
+        model_kwargs["past_key_values"] = cache
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        return None
+
+
+def patch(model: nn.Module, kv_cache_dtype: str = "auto", strict: bool = True) -> PatchReport:
+    """Lets the MLA layers of ``model`` run on this package's attention, in place.
+
+    Afterwards ``generate()`` without ``past_key_values`` keeps the history in an :class:`MLACache`; an explicit
+    cache or ``cache_implementation`` wins, and caches of transformers are read in place. Patching again only
+    changes the format. Layers are recognised by structure, so every MLA family of transformers is covered,
+    wrapped models (PEFT) included.
+
+    Args:
+        model: a transformers model, or a module that contains one.
+        kv_cache_dtype: format of that MLACache: "auto" (dtype of the model) or a packed format ("q8_kv", ...).
+        strict: raise when an MLA layer cannot be patched or there is none. Otherwise only the report tells.
+
+    Returns:
+        PatchReport: one row per attention layer.
+
+    Raises:
+        ValueError: ``kv_cache_dtype`` is unknown, or (strict) nothing, or not everything, could be patched; the
+            model is unchanged then.
+    """
+    if kv_cache_dtype != "auto" and kv_cache_dtype not in PACKED_FORMATS:
+        raise ValueError(f"kv_cache_dtype: got {kv_cache_dtype!r}, expected auto, {', '.join(PACKED_FORMATS)}")
+    if os.environ.get("TORCH_FLASH_MLA_DISABLE", "") not in ("", "0"):
+        rows = [LayerReport(n, STOCK, "TORCH_FLASH_MLA_DISABLE is set") for n, m in _attention_layers(model)]
+        return PatchReport(tuple(rows), kv_cache_dtype)
+
+    rows, accepted = [], []
+    for name, module in _attention_layers(model):
+        status, reason = _verdict(module)
+        rows.append(LayerReport(name, status, reason))
+        if status == PATCHED:
+            accepted.append(module)
+    report = PatchReport(tuple(rows), kv_cache_dtype)
+    if strict and (report.failed or not accepted):
+        raise ValueError(f"torch_flash_mla could not patch {type(model).__name__}:\n{report}")
+
+    configs: dict[int, Any] = {}  # layers that shared a config still do
+    for module in accepted:
+        if patch_state(module) is None:
+            original = module.config
+            if id(original) not in configs:
+                configs[id(original)] = copy.copy(original)
+                configs[id(original)]._attn_implementation_internal = ATTENTION_NAME
+            module._torch_flash_mla = PatchState(original)
+            module.config = configs[id(original)]
+            module.expand_kv = passthrough
+    if accepted:
+        for generator in _generators(model):
+            generator._prepare_cache_for_generation = _CacheForGeneration(generator, kv_cache_dtype)
+    return report
+
+
+def unpatch(model: nn.Module) -> None:
+    """Takes :func:`patch` back; a model that is not patched stays as it is."""
+    for module in model.modules():
+        state = patch_state(module)
+        if state is not None:
+            module.config = state.config
+            del module._torch_flash_mla
+        if module.__dict__.get("expand_kv") is passthrough:
+            del module.expand_kv
+        module.__dict__.pop("_prepare_cache_for_generation", None)
+
+
+@contextmanager
+def patched(model: nn.Module, kv_cache_dtype: str = "auto", strict: bool = True) -> Iterator[PatchReport]:
+    """``with patched(model) as report:`` patches inside of the block only. A patched model stays patched."""
+    before = [g.__dict__.get("_prepare_cache_for_generation") for g in _generators(model)]
+    was_patched = any(patch_state(module) is not None for module in model.modules())
+    try:
+        yield patch(model, kv_cache_dtype, strict)
+    finally:
+        if not was_patched:
+            unpatch(model)
+        for generator, prepare in zip(_generators(model), before, strict=True):
+            if prepare is not None:
+                generator._prepare_cache_for_generation = prepare
+
+
+def _attention_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """MLA layers, and whatever else looks like the attention of a decoder layer."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if hasattr(module, "kv_b_proj") or ("Attention" in type(module).__name__ and hasattr(module, "layer_idx"))
+    ]
+
+
+def _generators(model: nn.Module) -> list[nn.Module]:
+    """The modules whose ``generate`` makes caches (one, unless models are nested)."""
+    return [m for m in model.modules() if hasattr(type(m), "_prepare_cache_for_generation")]
+
+
+def _verdict(module: nn.Module) -> tuple[str, str]:
+    """(status, reason) of one attention layer."""
+    if not hasattr(module, "kv_b_proj"):
+        return STOCK, "no latent keys"
+    if not is_mla(module):
+        return FAILED, f"{type(module).__name__} has no expand_kv: it caches expanded keys (remote code?)"
+    if getattr(module, "indexer", None) is not None and _VERSION < _OLDEST_SPARSE:
+        return FAILED, f"sparse MLA needs transformers >= {_OLDEST_SPARSE}, found {transformers.__version__}"
+    tensors = [*module.kv_b_proj.parameters(), *module.kv_b_proj.buffers()]
+    device = next((t.device.type for t in tensors if t.device.type not in ("cpu", "meta")), None)
+    if device is not None:
+        return FAILED, f"its weights are on {device}; the attention runs on the CPU"
+    if any(t.dtype == torch.float64 for t in tensors):
+        return FAILED, "float64 is not supported; use float32, bfloat16 or float16"
+    return PATCHED, "already patched" if patch_state(module) is not None else "MLA"
