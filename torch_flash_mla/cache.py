@@ -1,8 +1,10 @@
-"""A paged cache of latents for all layers of a model: one allocator, one block table, one pool per layer.
+"""A paged cache of latents for all layers of a model: one allocator, one block table, one pool per
+layer.
 
-Each token takes one row per layer, ``[latent | rope]``, in a pool of fixed-size blocks. A block table maps the
-blocks of a sequence to blocks of the pool, the same for every layer, so sequences can share the blocks of a
-common prefix (beams, parallel samples) and return them without moving anything.
+Each token takes one row per layer, ``[latent | rope]``, in a pool of fixed-size blocks. A block
+table maps the blocks of a sequence to blocks of the pool, the same for every layer, so sequences
+can share the blocks of a common prefix (beams, parallel samples) and return them without moving
+anything.
 """
 
 from __future__ import annotations
@@ -64,32 +66,36 @@ class BlockAllocator:
 class PagedLatentCache:
     """Paged storage of MLA latents and rotary keys, quantised on demand.
 
-    Rows 0 .. batch - 1 of ``block_table`` and ``cache_seqlens`` are the sequences of the batch. A step reserves
-    room once, then every layer writes its own rows to the reserved slots::
+    Rows 0 .. batch - 1 of ``block_table`` and ``cache_seqlens`` are the sequences of the batch. A
+    step reserves room once, then every layer writes its own rows to the reserved slots::
 
         cache.reserve(batch, new_tokens)
         for layer in range(num_layers):
             cache.append(layer, kv_c, k_pe)
             out, lse = ops.mla_attention(
-                q, cache.kv_cache(layer), cache.block_table[:batch], cache.cache_seqlens[:batch], ...
+                q, cache.kv_cache(layer), cache.block_table[:batch], cache.cache_seqlens[:batch],
+                ...
             )
 
-    Without ``max_cache_len`` pools start empty and grow by half. With it, every tensor is allocated at once,
-    each sequence owns blocks for its full length, and ``reserve`` and ``append`` are tensor operations only, so a
-    compiled step captures them in one graph. Everything else (``truncate``, ``reorder``, ``fork``, ``free``,
-    ``reset``) runs between steps.
+    Without ``max_cache_len`` pools start empty and grow by half. With it, every tensor is allocated
+    at once, each sequence owns blocks for its full length, and ``reserve`` and ``append`` are
+    tensor operations only, so a compiled step captures them in one graph. Everything else
+    (``truncate``, ``reorder``, ``fork``, ``free``, ``reset``) runs between steps.
 
-    One rule keeps shared blocks safe in both modes: blocks from a sequence's length on belong to that sequence
-    alone. Whoever breaks it (a fork in the middle of a block, a truncation into a shared one) copies that block.
+    One rule keeps shared blocks safe in both modes: blocks from a sequence's length on belong to
+    that sequence alone. Whoever breaks it (a fork in the middle of a block, a truncation into a
+    shared one) copies that block.
 
     Args:
         num_layers: number of pools.
         latent_dim: L, for all layers or one per layer.
         rope_dim: R, for all layers or one per layer; 0 is fine.
         dtype: bfloat16, float16 or float32: element type of the rows in ``kv_cache_dtype="auto"``.
-        kv_cache_dtype: "auto" or a packed format (``formats.PACKED_FORMATS``; L and R multiples of 32).
+        kv_cache_dtype: "auto" or a packed format (``formats.PACKED_FORMATS``; L and R multiples of
+            32).
         block_size: tokens per block.
-        max_batch: sequences at first; a larger batch enlarges the tables unless ``max_cache_len`` fixes them.
+        max_batch: sequences at first; a larger batch enlarges the tables unless ``max_cache_len``
+            fixes them.
         max_cache_len: tokens per sequence, rounded up to whole blocks; None: as many as come.
 
     Attributes:
@@ -163,9 +169,10 @@ class PagedLatentCache:
 
     def __repr__(self) -> str:
         return (
-            f"{type(self).__name__}(layers={self.num_layers}, kv_cache_dtype={self.kv_cache_dtype!r}, "
-            f"dtype={self.dtype}, block_size={self.block_size}, blocks={self.allocator.num_blocks}, "
-            f"batch={self.batch}, max_cache_len={self.max_cache_len}, nbytes={self.nbytes})"
+            f"{type(self).__name__}(layers={self.num_layers}, dtype={self.dtype}, "
+            f"kv_cache_dtype={self.kv_cache_dtype!r}, block_size={self.block_size}, "
+            f"blocks={self.allocator.num_blocks}, batch={self.batch}, "
+            f"max_cache_len={self.max_cache_len}, nbytes={self.nbytes})"
         )
 
     # A step: reserve once, append and attend in each layer
@@ -174,11 +181,13 @@ class PagedLatentCache:
         """Makes room for ``new_tokens`` more tokens in each of the first ``batch`` sequences.
 
         Returns:
-            int64 [batch, new_tokens]: the slot of each token, also kept as ``slot_mapping`` for ``append``.
+            int64 [batch, new_tokens]: the slot of each token, also kept as ``slot_mapping`` for
+            ``append``.
 
         Raises:
-            ValueError: the batch or the tokens do not fit the fixed tensors. (A compiled step cannot look: there
-                the tokens that do not fit are not written, and attention refuses the length.)
+            ValueError: the batch or the tokens do not fit the fixed tensors. (A compiled step
+                cannot look: there the tokens that do not fit are not written, and attention refuses
+                the length.)
         """
         self._ensure_rows(batch)
         if self.max_blocks is None:
@@ -200,7 +209,8 @@ class PagedLatentCache:
         return slots
 
     def append(self, layer: int, kv_c: Tensor, k_pe: Tensor) -> None:
-        """Writes one layer's rows to the slots of the last ``reserve``. Nothing is differentiated through it.
+        """Writes one layer's rows to the slots of the last ``reserve``. Nothing is differentiated
+        through it.
 
         Args:
             layer: index of the pool.
@@ -227,16 +237,18 @@ class PagedLatentCache:
         )
 
     def kv_cache(self, layer: int) -> Tensor:
-        """The pool of one layer: [num_blocks, block_size, L + R], or uint8 [num_blocks, block_size, row bytes]."""
+        """The pool of one layer: [num_blocks, block_size, L + R], or uint8 [.., row bytes]."""
         return self._pools[layer]
 
     # Between steps
 
     def truncate(self, lengths: Tensor | Sequence[int] | int) -> None:
-        """Forgets tokens from the end: row i keeps its first ``lengths[i]`` tokens (an int: every row in use).
+        """Forgets tokens from the end: row i keeps its first ``lengths[i]`` tokens (an int: every
+        row in use).
 
         Raises:
-            ValueError: a length that is negative or above the present one, or more lengths than sequences.
+            ValueError: a length that is negative or above the present one, or more lengths than
+                sequences.
         """
         wanted = [lengths] * self.batch if isinstance(lengths, int) else _int_list(lengths)
         present = self.cache_seqlens.tolist()
@@ -260,10 +272,11 @@ class PagedLatentCache:
         self._shorten({sequence: 0})
 
     def reorder(self, index: Tensor | Sequence[int]) -> None:
-        """Makes row i a continuation of the former row ``index[i]``: beam search, selection, repetition.
+        """Makes row i a continuation of the former row ``index[i]``: beam search, selection,
+        repetition.
 
-        Whole blocks are shared, a partly filled last block is copied for all but one of a parent's children.
-        The batch becomes ``len(index)``.
+        Whole blocks are shared, a partly filled last block is copied for all but one of a parent's
+        children. The batch becomes ``len(index)``.
 
         Raises:
             ValueError: an index outside the batch, or more sequences than the fixed tensors hold.
@@ -295,7 +308,7 @@ class PagedLatentCache:
         self.reorder([row for row in range(self.batch) for _ in range(n)])
 
     def reset(self, batch: int | None = None) -> None:
-        """Empties every sequence. A ``batch`` above ``max_batch`` allocates larger tensors, in both modes."""
+        """Empties every sequence. A ``batch`` above ``max_batch`` allocates larger tensors."""
         if batch is not None and batch > self.max_batch:
             self._allocate(batch)
             return
@@ -359,9 +372,9 @@ class PagedLatentCache:
     def _rebuild(self, rows: list[tuple[int, list[int], int]]) -> None:
         """Makes each row ``(row, blocks, length)`` hold the first ``length`` tokens of ``blocks``.
 
-        Full blocks are shared. The block that the next token goes to, and reserved ones behind it, must be the
-        row's own: the first row that asks for one keeps it, unless somebody else has it as a full block; the
-        others get a fresh one, with the tokens copied.
+        Full blocks are shared. The block that the next token goes to, and reserved ones behind it,
+        must be the row's own: the first row that asks for one keeps it, unless somebody else has it
+        as a full block; the others get a fresh one, with the tokens copied.
         """
         allocator = self.allocator
         keeper: dict[int, int] = {}
@@ -401,11 +414,11 @@ class PagedLatentCache:
         return -(-length // self.block_size)
 
     def _blocks_held(self, length: int) -> int:
-        """Blocks that a row of this length holds: what it needs, or with fixed tensors always all."""
+        """Blocks that a row of this length holds: with fixed tensors always all."""
         return self._blocks_of(length) if self.max_blocks is None else self.max_blocks
 
     def _ensure_free(self, count: int) -> None:
-        """Enlarges the pools until ``count`` blocks are free. Fixed tensors hold enough by construction."""
+        """Enlarges the pools until ``count`` blocks are free. Fixed ones hold enough as they are."""
         needed = self.allocator.num_blocks - self.allocator.num_free + count
         if needed <= self.allocator.num_blocks:
             return

@@ -1,4 +1,4 @@
-"""Names and row sizes of the packed cache formats. docs/cache_formats.md documents every byte of them."""
+"""Names and row sizes of the packed cache formats. docs/cache_formats.md documents every byte."""
 
 from __future__ import annotations
 
@@ -35,6 +35,6 @@ def row_bytes(kv_cache_dtype: str, latent_dim: int, rope_dim: int) -> int:
     for name, width in (("latent_dim", latent_dim), ("rope_dim", rope_dim)):
         if width < 0 or width % PACKED_MULTIPLE:
             raise ValueError(
-                f"{name}: got {width}, but {kv_cache_dtype} rows hold multiples of {PACKED_MULTIPLE}"
+                f"{name}: got {width}, but {kv_cache_dtype} holds multiples of {PACKED_MULTIPLE}"
             )
     return _ROW_BYTES[kv_cache_dtype](latent_dim + rope_dim)
