@@ -1,0 +1,74 @@
+# Every target sets up what it needs first: a fresh machine with Python 3.10+, a C++20 compiler and make is enough.
+#
+#   make setup        virtual environment .venv, torch, the package built in place
+#   make demo         generates text with the tiny model, then times one attention layer
+#   make test         the fast tests;  make test SLOW=1: all but the exhaustive ones
+#   make lint         ruff, mypy, clang-format;  make format repairs what they can
+#   make bench        rate of the operator per cache format
+#   make clean        removes what was built; the environment stays
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+TORCH := 2.13.0
+
+SELECT := $(if $(SLOW),-m "not exhaustive")
+PYTEST_ARGS ?=
+
+# Each step leaves a stamp and is repeated only when its inputs are newer.
+STAMPS := $(VENV)/stamps
+NATIVE := setup.py CMakeLists.txt $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.map')
+
+.PHONY: setup demo test lint format bench clean
+setup: $(STAMPS)/build $(STAMPS)/install
+
+demo: setup
+	$(PY) examples/generate.py --compare
+	$(PY) benchmarks/layer.py
+
+test: setup
+	$(PY) -m pytest $(SELECT) $(PYTEST_ARGS)
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+
+format: setup
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
+
+bench: setup
+	$(PY) benchmarks/rate.py
+
+clean:
+	rm -rf build dist *.egg-info torch_flash_mla/_C*.so $(STAMPS)/build $(STAMPS)/install
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print | xargs rm -rf
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3 $(MAKECMDGOALS)"; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo; \
+	  echo "Creating a virtual environment failed. Debian and Ubuntu keep that part of Python in a package of its own:"; \
+	  echo "    sudo apt install python3-venv"; exit 1; }
+	@mkdir -p $(STAMPS) && touch $@
+
+# The +cpu version never brings CUDA along. Some package indexes carry it themselves; PyTorch's own does for sure.
+$(STAMPS)/torch: $(STAMPS)/venv
+	$(PY) -m pip install -q 'torch==$(TORCH)+cpu' || \
+	  $(PY) -m pip install 'torch==$(TORCH)+cpu' --extra-index-url https://download.pytorch.org/whl/cpu
+	@touch $@
+
+$(STAMPS)/tools: $(STAMPS)/torch
+	$(PY) -m pip install -q 'setuptools>=77' cmake ninja
+	@touch $@
+
+$(STAMPS)/build: $(STAMPS)/tools $(NATIVE)
+	@command -v $${CXX:-c++} > /dev/null || { echo "A C++20 compiler is needed: sudo apt install g++"; exit 1; }
+	$(PY) setup.py -q build_ext --inplace
+	@touch $@
+
+# The package in place, with everything pyproject.toml lists for testing and linting.
+$(STAMPS)/install: pyproject.toml setup.py | $(STAMPS)/build
+	$(PY) -m pip install -q --no-build-isolation -e '.[test,lint]'
+	@touch $@

@@ -1,0 +1,161 @@
+// attention_arguments.cpp: checks of the attention operators' common arguments, and the call of the
+// kernels.
+#include "ops/attention_arguments.h"
+
+#include <ATen/Context.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "ops/checks.h"
+#include "ops/parallel.h"
+
+namespace flashmla {
+namespace {
+
+void refuse(const OptionalTensor& t, const char* name, const char* what) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!t.has_value(), name, ": ", what,
+                              " not implemented yet, expected None");
+}
+
+Tensor check_leftpad(const Tensor& leftpad, const Sequences& sequences) {
+  check_tensor(leftpad, "cache_leftpad");
+  check_dtype(leftpad, "cache_leftpad", at::kInt);
+  check_shape(leftpad, "cache_leftpad", sequences.cache_seqlens.sizes(), "[B]");
+  const Tensor dense = leftpad.contiguous();
+  const int32_t* pads = dense.const_data_ptr<int32_t>();
+  const int32_t* lengths = sequences.cache_seqlens.const_data_ptr<int32_t>();
+  for (int64_t b = 0; b < dense.numel(); ++b) {
+    TORCH_CHECK_VALUE(pads[b] >= 0 && pads[b] <= lengths[b], "cache_leftpad[", b, "]: ", pads[b],
+                      ", expected 0 to cache_seqlens[", b, "] = ", lengths[b]);
+  }
+  return dense;
+}
+
+MaskType mask_type(at::ScalarType type) {
+  switch (type) {
+    case at::kBool:
+      return MaskType::kBool;
+    case at::kFloat:
+      return MaskType::kF32;
+    case at::kBFloat16:
+      return MaskType::kBf16;
+    case at::kHalf:
+      return MaskType::kF16;
+    default:
+      TORCH_CHECK_TYPE(false, "attn_mask: dtype ", type,
+                       ", expected Bool, Float, BFloat16 or Half");
+  }
+}
+
+// The mask as [B or 1, H or 1, Sq or 1, S] with contiguous columns. A copy, where columns are
+// strided, keeps broadcast dimensions at size 1.
+Tensor check_mask(const Tensor& attn_mask, const AttentionParams& p, int32_t longest) {
+  check_tensor(attn_mask, "attn_mask");
+  TORCH_CHECK_VALUE(attn_mask.dim() >= 1 && attn_mask.dim() <= 4, "attn_mask: shape ",
+                    attn_mask.sizes(), ", expected one broadcastable to [B, H, Sq, S]");
+  Tensor mask = attn_mask;
+  while (mask.dim() < 4) mask = mask.unsqueeze(0);
+  const int64_t full[3] = {p.batch, p.heads, p.q_len};
+  for (int64_t d = 0; d < 3; ++d) {
+    TORCH_CHECK_VALUE(mask.size(d) == 1 || mask.size(d) == full[d], "attn_mask: shape ",
+                      attn_mask.sizes(), ", expected one broadcastable to [B, H, Sq, S] = [",
+                      p.batch, ", ", p.heads, ", ", p.q_len, ", S]");
+  }
+  TORCH_CHECK_VALUE(mask.size(3) >= longest, "attn_mask: shape ", attn_mask.sizes(), " has ",
+                    mask.size(3), " columns, expected at least max(cache_seqlens) = ", longest);
+  if (mask.size(3) > 1 && mask.stride(3) != 1) {
+    for (int64_t d = 0; d < 3; ++d) {
+      if (mask.size(d) > 1 && mask.stride(d) == 0) mask = mask.narrow(d, 0, 1);
+    }
+    mask = mask.contiguous();
+  }
+  return mask;
+}
+
+}  // namespace
+
+Queries split_queries(const Tensor& q, const OptionalTensor& q_pe, int64_t main_width) {
+  check_environment();
+  check_tensor(q, "q");
+  float_type(q.scalar_type(), "q");
+  check_rank(q, "q", 4, "[B, Sq, H, head_dim]");
+  check_rows_contiguous(q, "q");
+  if (!q_pe.has_value()) {
+    TORCH_CHECK_VALUE(q.size(3) >= main_width, "q: rows of ", q.size(3), ", expected at least ",
+                      main_width, " values and then the rope part");
+    return {q.narrow(3, 0, main_width), q.narrow(3, main_width, q.size(3) - main_width)};
+  }
+  TORCH_CHECK_VALUE(q.size(3) == main_width, "q: rows of ", q.size(3), ", expected ", main_width,
+                    " as q_pe holds the rope part");
+  check_tensor(*q_pe, "q_pe");
+  check_same_dtype(*q_pe, "q_pe", q, "q");
+  check_rank(*q_pe, "q_pe", 4, "[B, Sq, H, R]");
+  check_shape(*q_pe, "q_pe", {q.size(0), q.size(1), q.size(2), q_pe->size(3)}, "[B, Sq, H, R]");
+  check_rows_contiguous(*q_pe, "q_pe");
+  return {q, *q_pe};
+}
+
+Attention check_attention(const AttentionArguments& a, const Queries& queries, int64_t latent) {
+  refuse(a.indices, "indices", "sparse attention is");
+  refuse(a.topk_length, "topk_length", "sparse attention is");
+  refuse(a.cu_seqlens_q, "cu_seqlens_q", "queries of ragged length are");
+  Attention attention = {};
+  AttentionParams& p = attention.params;
+  p.batch = check_int32(queries.main.size(0), "q.size(0)");
+  p.q_len = check_int32(queries.main.size(1), "q.size(1)");
+  p.heads = check_int32(queries.main.size(2), "q.size(2)");
+  check_int32(queries.main.size(1) * queries.main.size(2),
+              "q.size(1) * q.size(2), rows per sequence");
+  p.softmax_scale = static_cast<float>(a.softmax_scale);
+  TORCH_CHECK_VALUE(std::isfinite(p.softmax_scale), "softmax_scale: ", a.softmax_scale,
+                    ", expected a finite float32 number");
+  TORCH_CHECK_VALUE(a.window >= 0, "window: ", a.window, ", expected 0 (none) or more keys");
+  p.window = static_cast<int32_t>(std::min<int64_t>(a.window, std::numeric_limits<int32_t>::max()));
+  p.causal = a.causal;
+
+  Cache cache =
+      check_cache(a.kv_cache, a.k_pe_cache, a.kv_cache_dtype, latent, queries.rope.size(3));
+  attention.sequences = check_sequences(cache, a.block_table, a.cache_seqlens, p.batch);
+  p.cache = cache.view;
+  p.cache_seqlens = attention.sequences.cache_seqlens.const_data_ptr<int32_t>();
+  if (a.cache_leftpad.has_value()) {
+    attention.cache_leftpad = check_leftpad(*a.cache_leftpad, attention.sequences);
+    p.cache_leftpad = attention.cache_leftpad.const_data_ptr<int32_t>();
+  }
+  if (a.attn_mask.has_value()) {
+    p.mask_type = mask_type(a.attn_mask->scalar_type());
+    const Tensor mask = check_mask(*a.attn_mask, p, attention.sequences.longest);
+    for (int d = 0; d < 3; ++d)
+      p.mask_stride[d] = mask.size(d) == 1 ? 0 : mask.stride(d) * mask.itemsize();
+    p.mask = bytes(mask);
+    attention.attn_mask = mask;
+  }
+  if (a.attn_sink.has_value()) {
+    check_tensor(*a.attn_sink, "attn_sink");
+    check_dtype(*a.attn_sink, "attn_sink", at::kFloat);
+    check_shape(*a.attn_sink, "attn_sink", {p.heads}, "[H]");
+    attention.attn_sink = a.attn_sink->contiguous();
+    p.attn_sink = attention.attn_sink.const_data_ptr<float>();
+  }
+  p.deterministic = at::globalContext().deterministicAlgorithms();
+  return attention;
+}
+
+Tensor run_attention(Attention& attention, const Tensor& q_latent, const Tensor& q_rope,
+                     const Tensor& out) {
+  AttentionParams& p = attention.params;
+  const Tensor lse = at::empty({p.batch, p.heads, p.q_len}, out.options().dtype(at::kFloat));
+  if (lse.numel() == 0) return lse;
+  p.q_type = float_type(q_latent.scalar_type(), "q");
+  p.q = query_rows(q_latent);
+  p.q_pe = query_rows(q_rope);
+  p.out = query_rows(out);
+  p.lse = lse.mutable_data_ptr<float>();
+  for (int d = 0; d < 3; ++d) p.lse_stride[d] = lse.stride(d);
+  flashmla::attention(p, thread_plan(), torch_executor());
+  return lse;
+}
+
+}  // namespace flashmla

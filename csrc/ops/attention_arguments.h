@@ -1,0 +1,60 @@
+// attention_arguments.h: what both attention operators take besides queries and projections,
+// checked once for both.
+//
+//   mla_attention, mla_attention_kv_b  ->  check_attention  ->  run_attention  ->  driver.h
+#pragma once
+#include <string_view>
+
+#include "kernels/params.h"
+#include "ops/cache_arguments.h"
+#include "ops/ops.h"
+
+namespace flashmla {
+
+// Arguments as they came.
+struct AttentionArguments {
+  const Tensor& kv_cache;
+  const OptionalTensor& block_table;
+  const Tensor& cache_seqlens;
+  double softmax_scale;
+  bool causal;
+  const OptionalTensor& attn_mask;
+  const OptionalTensor& cache_leftpad;
+  const OptionalTensor& indices;
+  const OptionalTensor& topk_length;
+  const OptionalTensor& attn_sink;
+  const OptionalTensor& k_pe_cache;
+  int64_t window;
+  std::string_view kv_cache_dtype;
+  const OptionalTensor& cu_seqlens_q;
+};
+
+// Queries [B, Sq, H, *], their width split in two: L latent (or P plain) values, then R rope
+// values.
+struct Queries {
+  Tensor main;  // [B, Sq, H, L or P]
+  Tensor rope;  // [B, Sq, H, R]
+};
+
+// q [B, Sq, H, main + R], or q [B, Sq, H, main] with q_pe [B, Sq, H, R].
+Queries split_queries(const Tensor& q, const OptionalTensor& q_pe, int64_t main_width);
+
+// Everything but queries and outputs, checked; with the tensors it points into.
+struct Attention {
+  AttentionParams params;
+  Sequences sequences;
+  Tensor cache_leftpad;
+  Tensor attn_mask;
+  Tensor attn_sink;
+};
+
+// `queries` gives B, Sq, H and R.
+Attention check_attention(const AttentionArguments& arguments, const Queries& queries,
+                          int64_t latent);
+
+// Attends with latent queries [B, Sq, H, L] and [B, Sq, H, R], writes `out` [B, Sq, H, L] (any
+// strides but the last) and returns lse [B, H, Sq]. All three have one dtype.
+Tensor run_attention(Attention& attention, const Tensor& q_latent, const Tensor& q_rope,
+                     const Tensor& out);
+
+}  // namespace flashmla

@@ -1,0 +1,101 @@
+// checks.h: what every operator asks of its arguments before it reads or writes anything. A message
+// names the argument, what came and what was expected.
+#pragma once
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <limits>
+
+#include "kernels/dispatch.h"
+#include "kernels/params.h"
+
+namespace flashmla {
+
+// A strided CPU tensor whose storage holds all of it.
+inline void check_tensor(const at::Tensor& t, const char* name) {
+  TORCH_CHECK(t.defined(), name, ": undefined tensor");
+  TORCH_CHECK(t.device().is_cpu(), name, ": on device ", t.device(), ", expected cpu");
+  TORCH_CHECK(t.layout() == at::kStrided, name, ": layout ", t.layout(), ", expected strided");
+  if (t.numel() == 0) return;
+  int64_t last = t.storage_offset();
+  for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+  TORCH_CHECK((last + 1) * t.itemsize() <= static_cast<int64_t>(t.storage().nbytes()), name,
+              ": shape ", t.sizes(), " and strides ", t.strides(), " reach outside its storage of ",
+              t.storage().nbytes(), " bytes");
+}
+
+inline void check_dtype(const at::Tensor& t, const char* name, at::ScalarType expected) {
+  TORCH_CHECK_TYPE(t.scalar_type() == expected, name, ": dtype ", t.scalar_type(), ", expected ",
+                   expected);
+}
+
+inline void check_same_dtype(const at::Tensor& t, const char* name, const at::Tensor& other,
+                             const char* other_name) {
+  TORCH_CHECK_TYPE(t.scalar_type() == other.scalar_type(), name, ": dtype ", t.scalar_type(),
+                   ", expected ", other.scalar_type(), " as in ", other_name);
+}
+
+// The kernels' name of a float dtype.
+inline ScalarType float_type(at::ScalarType type, const char* name) {
+  switch (type) {
+    case at::kFloat:
+      return ScalarType::kF32;
+    case at::kBFloat16:
+      return ScalarType::kBf16;
+    case at::kHalf:
+      return ScalarType::kF16;
+    default:
+      TORCH_CHECK_TYPE(false, name, ": dtype ", type, ", expected Float, BFloat16 or Half");
+  }
+}
+
+// `layout` spells the expected dimensions for the message, e.g. "[B, Sq, H, L]".
+inline void check_rank(const at::Tensor& t, const char* name, int64_t rank, const char* layout) {
+  TORCH_CHECK_VALUE(t.dim() == rank, name, ": shape ", t.sizes(), " has ", t.dim(),
+                    " dimensions, expected ", layout);
+}
+
+inline void check_shape(const at::Tensor& t, const char* name, at::IntArrayRef expected,
+                        const char* layout) {
+  TORCH_CHECK_VALUE(t.sizes() == expected, name, ": shape ", t.sizes(), ", expected ", layout,
+                    " = ", expected);
+}
+
+inline void check_rows_contiguous(const at::Tensor& t, const char* name) {
+  TORCH_CHECK_VALUE(t.size(-1) <= 1 || t.stride(-1) == 1, name, ": strides ", t.strides(),
+                    ", expected the last dimension to be contiguous (stride 1)");
+}
+
+inline int32_t check_int32(int64_t value, const char* name) {
+  TORCH_CHECK_VALUE(value >= 0 && value <= std::numeric_limits<int32_t>::max(), name, ": ", value,
+                    ", expected 0 to 2147483647");
+  return static_cast<int32_t>(value);
+}
+
+// Widths of the latent and the rope part: bounded so that integer dot products of a row fit 32
+// bits.
+inline int32_t check_width(int64_t value, const char* name, int64_t smallest) {
+  constexpr int64_t kLargest = 65536;
+  TORCH_CHECK_VALUE(value >= smallest && value <= kLargest, name, ": ", value, ", expected ",
+                    smallest, " to ", kLargest);
+  return static_cast<int32_t>(value);
+}
+
+// FLASHMLA_ISA naming a level that cannot run must not pass unseen.
+inline void check_environment() {
+  const char* error = isa_environment_error();
+  TORCH_CHECK_VALUE(error == nullptr, error);
+}
+
+inline const std::byte* bytes(const at::Tensor& t) {
+  return static_cast<const std::byte*>(t.const_data_ptr());
+}
+
+// [B, Sq, H, width] as the kernels take it. They write through `out` tensors only.
+inline QueryRows query_rows(const at::Tensor& t) {
+  const int64_t item = t.itemsize();
+  return {const_cast<std::byte*>(bytes(t)),
+          {t.stride(0) * item, t.stride(1) * item, t.stride(2) * item}};
+}
+
+}  // namespace flashmla

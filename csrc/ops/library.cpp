@@ -1,0 +1,63 @@
+// library.cpp: the operators' schemas, and which function serves each on CPU tensors. Shapes
+// without data (torch.compile) and gradients are registered by torch_flash_mla/_fake.py.
+//
+// Arguments written to are marked (a!) and never returned. Arguments are only ever appended, with a
+// default, so that saved programs keep loading; no tensor is keyword-only, which would rule out
+// gradients and vmap.
+#include <torch/library.h>
+
+#include "ops/ops.h"
+
+TORCH_LIBRARY(flashmla, m) {
+  m.set_python_module("torch_flash_mla._fake");
+
+  // Attention of ready queries (absorbed form): q [B, Sq, H, L + R], or q [B, Sq, H, L] with q_pe
+  // [B, Sq, H, R].
+  m.def(
+      "mla_attention(Tensor q, Tensor kv_cache, Tensor? block_table, Tensor cache_seqlens, "
+      "int head_dim_v, float softmax_scale, bool causal=False, Tensor? attn_mask=None, "
+      "Tensor? cache_leftpad=None, Tensor? indices=None, Tensor? topk_length=None, "
+      "Tensor? attn_sink=None, Tensor? q_pe=None, Tensor? k_pe_cache=None, int window=0, "
+      "str kv_cache_dtype=\"auto\", Tensor? cu_seqlens_q=None) -> (Tensor out, Tensor lse)");
+
+  // Attention of queries as the model makes them, with the latent's up-projection: chooses the
+  // form.
+  m.def(
+      "mla_attention_kv_b(Tensor q, Tensor kv_cache, Tensor? block_table, Tensor cache_seqlens, "
+      "Tensor w_kv_b, int head_dim_v, float softmax_scale, bool causal=False, "
+      "Tensor? attn_mask=None, Tensor? cache_leftpad=None, Tensor? indices=None, "
+      "Tensor? topk_length=None, Tensor? attn_sink=None, Tensor? q_pe=None, "
+      "Tensor? k_pe_cache=None, int window=0, str kv_cache_dtype=\"auto\", "
+      "Tensor? cu_seqlens_q=None, str form=\"auto\") -> (Tensor out, Tensor lse)");
+
+  // The cache: write tokens, read them back dequantised, copy blocks.
+  m.def(
+      "concat_and_cache_mla(Tensor kv_c, Tensor k_pe, Tensor(a!) kv_cache, Tensor slot_mapping, "
+      "str kv_cache_dtype=\"auto\", Tensor(b!)? k_pe_cache=None) -> ()");
+  m.def(
+      "gather_cache(Tensor kv_cache, Tensor? block_table, Tensor cache_seqlens, int head_dim_v, "
+      "int head_dim, ScalarType dtype, str kv_cache_dtype=\"auto\", SymInt? max_seqlen=None) "
+      "-> Tensor");
+  m.def("copy_blocks(Tensor(a!) kv_cache, Tensor block_mapping) -> ()");
+
+  // Two partial results over different keys become one.
+  m.def(
+      "merge_attn_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, "
+      "Tensor? attn_sink=None) -> (Tensor out, Tensor lse)");
+
+  // For tests and reports: the instruction set in use, those this machine can run, forcing one (""
+  // is the best), and the scratch memory held by all threads.
+  m.def("_isa() -> str", &flashmla::isa);
+  m.def("_isas() -> str[]", &flashmla::isas);
+  m.def("_force_isa(str name) -> ()", &flashmla::set_isa);
+  m.def("_scratch_bytes() -> int", &flashmla::scratch_bytes);
+}
+
+TORCH_LIBRARY_IMPL(flashmla, CPU, m) {
+  m.impl("mla_attention", &flashmla::mla_attention);
+  m.impl("mla_attention_kv_b", &flashmla::mla_attention_kv_b);
+  m.impl("concat_and_cache_mla", &flashmla::concat_and_cache_mla);
+  m.impl("gather_cache", &flashmla::gather_cache);
+  m.impl("copy_blocks", &flashmla::copy_blocks);
+  m.impl("merge_attn_states", &flashmla::merge_attn_states);
+}

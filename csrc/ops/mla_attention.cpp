@@ -1,0 +1,27 @@
+// mla_attention.cpp: attention of ready (absorbed) queries against the latent cache.
+#include <ATen/ops/empty.h>
+
+#include "ops/attention_arguments.h"
+#include "ops/checks.h"
+
+namespace flashmla {
+
+std::tuple<Tensor, Tensor> mla_attention(
+    const Tensor& q, const Tensor& kv_cache, const OptionalTensor& block_table,
+    const Tensor& cache_seqlens, int64_t head_dim_v, double softmax_scale, bool causal,
+    const OptionalTensor& attn_mask, const OptionalTensor& cache_leftpad,
+    const OptionalTensor& indices, const OptionalTensor& topk_length,
+    const OptionalTensor& attn_sink, const OptionalTensor& q_pe, const OptionalTensor& k_pe_cache,
+    int64_t window, std::string_view kv_cache_dtype, const OptionalTensor& cu_seqlens_q) {
+  check_width(head_dim_v, "head_dim_v", 1);
+  const Queries queries = split_queries(q, q_pe, head_dim_v);
+  Attention attention = check_attention(
+      {kv_cache, block_table, cache_seqlens, softmax_scale, causal, attn_mask, cache_leftpad,
+       indices, topk_length, attn_sink, k_pe_cache, window, kv_cache_dtype, cu_seqlens_q},
+      queries, head_dim_v);
+  const Tensor out = at::empty({q.size(0), q.size(1), q.size(2), head_dim_v}, q.options());
+  const Tensor lse = run_attention(attention, queries.main, queries.rope, out);
+  return {out, lse};
+}
+
+}  // namespace flashmla
