@@ -1,0 +1,9 @@
+// arithmetic_id.h: names of the arithmetics, for tables and choices.
+#pragma once
+#include <cstdint>
+
+namespace flashmla {
+
+enum class ArithmeticId : uint8_t { kNone, kF32, kBf16, kInt8 };
+
+}  // namespace flashmla

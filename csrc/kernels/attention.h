@@ -1,0 +1,173 @@
+// attention.h: flash attention over one work item.   plan -> [attend] -> merge
+//
+// The algorithm, written once: Simd is the instruction set, Arithmetic the number format of the products, `stage` the codec of
+// the cache. Rows of queries stay in scratch, keys pass by in tiles of up to 128 tokens, nothing grows with the context.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/accumulate.h"
+#include "kernels/mask.h"
+#include "kernels/params.h"
+#include "kernels/plan.h"
+#include "kernels/query.h"
+#include "kernels/score.h"
+#include "kernels/scratch.h"
+#include "kernels/soften.h"
+#include "kernels/tile.h"
+#include "kernels/visible.h"
+
+// The only functions of a C library the kernels call, besides memcpy and memset.
+extern "C" float logf(float) noexcept;
+extern "C" float expf(float) noexcept;
+
+namespace flashmla {
+namespace {
+
+constexpr float kLn2 = 0.69314718055994531f;
+
+template <class Simd>
+void store_row(ScalarType type, const float* from, int32_t count, std::byte* to) {
+  int32_t i = 0;
+  const int64_t size = type == ScalarType::kF32 ? 4 : 2;
+  for (; i + Simd::kLanes <= count; i += Simd::kLanes) {
+    const auto x = Simd::load(from + i);
+    switch (type) {
+      case ScalarType::kF32: Simd::store(reinterpret_cast<float*>(to) + i, x); break;
+      case ScalarType::kBf16: Simd::store_bf16(to + i * size, x); break;
+      case ScalarType::kF16: Simd::store_f16(to + i * size, x); break;
+    }
+  }
+  for (; i < count; ++i) {
+    switch (type) {
+      case ScalarType::kF32: reinterpret_cast<float*>(to)[i] = from[i]; break;
+      case ScalarType::kBf16: reinterpret_cast<uint16_t*>(to)[i] = float_to_bf16(from[i]); break;
+      case ScalarType::kF16: reinterpret_cast<uint16_t*>(to)[i] = float_to_f16(from[i]); break;
+    }
+  }
+}
+
+// Divides by the sum, puts the dims back in order and writes the rows out; or, for a partial result, into its slot:
+// [rows][L] f32 and [rows] log-sum-exp.
+template <class Simd, class Arithmetic>
+void finish(const AttentionParams& p, BlockShape shape, const WorkItem& item, const RowLayout& layout, const Scratch& s,
+            float* partials) {
+  constexpr int kStep = Simd::kLanes * Arithmetic::kGroup;
+  const int32_t latent = layout.latent;
+  float* part = item.partial < 0 ? nullptr : partials + item.partial * partial_floats(shape, latent);
+  for (int32_t r = 0; item.row_begin + r < item.row_end; ++r) {
+    const int32_t token = (item.row_begin + r) / p.heads, head = (item.row_begin + r) % p.heads;
+    const float sum = s.sum[r];
+    const float lse = sum == 0 ? -__builtin_inff() : s.maximum[r] * kLn2 + logf(sum);
+    float total = sum;
+    if (part) {
+      part[static_cast<int64_t>(shape.rows) * latent + r] = lse;
+    } else {
+      p.lse[item.sequence * p.lse_stride[0] + head * p.lse_stride[1] + token * p.lse_stride[2]] = lse;
+      if (p.attn_sink && sum != 0) total += expf(p.attn_sink[head] - s.maximum[r] * kLn2);
+    }
+    // A row without keys is 0 by selection, not by multiplication.
+    const auto inverse = Simd::set(sum == 0 ? 0.0f : 1 / total);
+    float* row = s.output + static_cast<int64_t>(r) * layout.value;
+    for (int32_t d = 0; d < layout.value; d += kStep) {
+      typename Simd::Float x[Arithmetic::kGroup];
+      for (int i = 0; i < Arithmetic::kGroup; ++i) {
+        x[i] = sum == 0 ? Simd::zero() : Simd::mul(Simd::load(row + d + i * Simd::kLanes), inverse);
+      }
+      Arithmetic::restore(x);
+      for (int i = 0; i < Arithmetic::kGroup; ++i) Simd::store(row + d + i * Simd::kLanes, x[i]);
+    }
+    if (part) {
+      __builtin_memcpy(part + static_cast<int64_t>(r) * latent, row, static_cast<size_t>(latent) * 4);
+    } else {
+      std::byte* to = p.out.data + item.sequence * p.out.stride[0] + token * p.out.stride[1] + head * p.out.stride[2];
+      store_row<Simd>(p.q_type, row, latent, to);
+    }
+  }
+}
+
+template <class Simd, class Arithmetic>
+void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, StageRow stage, bool native, float* partials,
+            std::byte* memory) {
+  const RowLayout layout = row_layout<Simd, Arithmetic>(p.cache.latent, p.cache.rope);
+  Scratch s;
+  lay_out<Simd, Arithmetic>(layout, shape, memory, s);
+  const int32_t used = item.row_end - item.row_begin;
+  const int32_t rows = round_up(used, Simd::kLanes), vectors = rows / Simd::kLanes;
+
+  pack_queries<Simd, Arithmetic>(p, item, layout, vectors, s);
+  const bool holes = find_ranges(p, item, rows, s);
+  int32_t begin = s.first[0], end = s.limit[0], all_begin = begin, all_end = end;  // keys any / every row sees
+  for (int32_t r = 0; r < used; ++r) {
+    const int32_t first = s.first[r], limit = s.limit[r];
+    if (first < limit) {
+      if (begin >= end) begin = first, end = limit;
+      begin = first < begin ? first : begin;
+      end = limit > end ? limit : end;
+    }
+    all_begin = first > all_begin ? first : all_begin;
+    all_end = limit < all_end ? limit : all_end;
+  }
+  for (int32_t r = 0; r < rows; ++r) s.maximum[r] = -__builtin_inff(), s.sum[r] = 0;
+  __builtin_memset(s.output, 0, static_cast<size_t>(rows) * static_cast<size_t>(layout.value) * 4);
+
+  const bool packed = Arithmetic::kScaled;
+  const bool direct = native && suits_direct<Simd, Arithmetic>(p.cache, item.sequence, layout, rows);
+  const int64_t row_scale = packed ? layout.latent + layout.rope : 0;
+  const Tiles tiles(p.cache, item.sequence, layout, stage, direct, row_scale, s.staged);
+  const float scale = p.softmax_scale * kLog2e;
+  for (int32_t at = begin; at < end;) {
+    // Tiles end at multiples of the tile length, so that their pages of 16 tokens are whole but for the first and the last.
+    int32_t next = (at / shape.tile + 1) * shape.tile;
+    if (next > end) next = end;
+    const Tile tile = tiles(at, next, end);
+    const bool edge = at < all_begin || tile.begin + tile.tokens > all_end;
+    if (holes) fill_bias(p, item, at, tile.tokens, rows, s);
+    score<Simd, Arithmetic>(tile, vectors, s, tile.key[0].group[0] != s.staged);
+    soften<Simd, Arithmetic>(tile, scale, edge, holes ? s.bias : nullptr, vectors, s);
+    accumulate<Simd, Arithmetic>(tile, used, rows, layout.value, s);
+    at = next;
+  }
+  finish<Simd, Arithmetic>(p, shape, item, layout, s, partials);
+}
+
+// Merges the partial results of a row block by their log-sum-exp and writes the output; the sink joins here.
+template <class Simd>
+void merge(const AttentionParams& p, BlockShape shape, const MergeItem& item, const float* partials) {
+  const int32_t latent = p.cache.latent;
+  const int64_t slot = partial_floats(shape, latent);
+  const float* first = partials + item.first * slot;
+  for (int32_t r = 0; item.row_begin + r < item.row_end; ++r) {
+    const int32_t token = (item.row_begin + r) / p.heads, head = (item.row_begin + r) % p.heads;
+    const float* lse = first + static_cast<int64_t>(shape.rows) * latent + r;
+    float most = -__builtin_inff();
+    bool nan = false;
+    for (int32_t i = 0; i < item.count; ++i) {
+      most = lse[i * slot] > most ? lse[i * slot] : most;
+      nan |= lse[i * slot] != lse[i * slot];
+    }
+    const bool none = most == -__builtin_inff() && !nan;
+    float sum = 0;
+    for (int32_t i = 0; i < item.count; ++i) sum += lse[i * slot] == -__builtin_inff() ? 0 : expf(lse[i * slot] - most);
+    p.lse[item.sequence * p.lse_stride[0] + head * p.lse_stride[1] + token * p.lse_stride[2]] =
+        none ? -__builtin_inff() : most + logf(sum);
+    const float total = p.attn_sink && !none ? sum + expf(p.attn_sink[head] - most) : sum;
+    std::byte* to = p.out.data + item.sequence * p.out.stride[0] + token * p.out.stride[1] + head * p.out.stride[2];
+    constexpr int32_t kChunk = 512;
+    const int64_t size = p.q_type == ScalarType::kF32 ? 4 : 2;
+    for (int32_t d0 = 0; d0 < latent; d0 += kChunk) {
+      float x[kChunk] = {};
+      const int32_t n = latent - d0 < kChunk ? latent - d0 : kChunk;
+      for (int32_t i = 0; i < item.count && !none; ++i) {
+        if (lse[i * slot] == -__builtin_inff()) continue;
+        const float weight = expf(lse[i * slot] - most) / total;
+        const float* from = first + i * slot + static_cast<int64_t>(r) * latent + d0;
+        for (int32_t d = 0; d < n; ++d) x[d] += weight * from[d];
+      }
+      store_row<Simd>(p.q_type, x, n, to + d0 * size);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace flashmla

@@ -1,0 +1,175 @@
+// formats/q6_0.h: 6-bit codes with one fp16 scale per 32 values: [nibbles | high bits | scales], each plane contiguous.
+//
+// code = u - 32 with u in 0..63. Block b has 16 bytes of nibbles (u[j] low, u[j + 16] high) and 8 bytes of high bits, byte k
+// holding the upper two bits of u[k], u[k + 8], u[k + 16], u[k + 24] from bit 0 up.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/arithmetic/f32.h"
+#include "kernels/arithmetic/int8.h"
+#include "kernels/arithmetic_id.h"
+#include "kernels/formats/block_scale.h"
+#include "kernels/params.h"
+#include "kernels/row_layout.h"
+
+namespace flashmla {
+namespace {
+
+struct Q6_0 {
+  static constexpr const char* kName = "q6_0";
+  static constexpr CacheFormat kFormat = CacheFormat::kQ6_0;
+  static constexpr bool kPacked = true;
+  static constexpr int kMultiple = kBlock;
+  static constexpr ArithmeticId kNative = ArithmeticId::kNone;
+
+  static int64_t row_bytes(int32_t latent, int32_t rope) {
+    const int64_t d = static_cast<int64_t>(latent) + rope;
+    return d / 2 + d / 4 + d / kBlock * 2;
+  }
+
+  // The three planes from block `block` on, in a row of d values.
+  struct Planes {
+    const std::byte *nibbles, *high, *scales;
+  };
+  static Planes planes(const std::byte* row, int32_t d, int32_t block) {
+    return {row + 16 * block, row + d / 2 + 8 * block, row + d / 2 + d / 4 + 2 * block};
+  }
+
+  static void encode_blocks(const float* x, int32_t count, std::byte* row, int32_t d, int32_t first_block) {
+    for (int32_t b = 0; b < count / kBlock; ++b) {
+      const float* v = x + b * kBlock;
+      const uint16_t scale = block_scale(v, 31.0f);
+      const float inverse = inverse_scale(f16_to_float(scale));
+      uint8_t u[kBlock];
+      for (int i = 0; i < kBlock; ++i) {
+        u[i] = static_cast<uint8_t>(clamp(round_to_int(scaled(v[i], inverse)), -32, 31) + 32);
+      }
+      const Planes to = planes(row, d, first_block + b);
+      for (int j = 0; j < 16; ++j) {
+        const_cast<std::byte&>(to.nibbles[j]) = static_cast<std::byte>((u[j] & 15) | (u[j + 16] & 15) << 4);
+      }
+      for (int k = 0; k < 8; ++k) {
+        const_cast<std::byte&>(to.high[k]) = static_cast<std::byte>(
+            u[k] >> 4 | (u[k + 8] >> 4) << 2 | (u[k + 16] >> 4) << 4 | (u[k + 24] >> 4) << 6);
+      }
+      store_u16(const_cast<std::byte*>(to.scales), scale);
+    }
+  }
+
+  static void encode(const float* latent, int32_t l, const float* rope, int32_t r, std::byte* row, std::byte*) {
+    encode_blocks(latent, l, row, l + r, 0);
+    encode_blocks(rope, r, row, l + r, l / kBlock);
+  }
+
+  static void decode_blocks(const std::byte* row, int32_t d, int32_t first_block, int32_t count, float* x) {
+    for (int32_t b = 0; b < count / kBlock; ++b) {
+      const Planes from = planes(row, d, first_block + b);
+      const float scale = f16_to_float(load_u16(from.scales));
+      for (int i = 0; i < kBlock; ++i) {
+        const int low = static_cast<int>(from.nibbles[i % 16]) >> (i / 16 * 4) & 15;
+        const int high = static_cast<int>(from.high[i % 8]) >> (i / 8 * 2) & 3;
+        x[b * kBlock + i] = static_cast<float>((low | high << 4) - 32) * scale;
+      }
+    }
+  }
+
+  static void decode(const std::byte* row, const std::byte*, int32_t l, int32_t r, float* latent, float* rope) {
+    decode_blocks(row, l + r, 0, l, latent);
+    decode_blocks(row, l + r, l / kBlock, r, rope);
+  }
+
+  template <class Simd>
+  static constexpr ArithmeticId arithmetic(ScalarType) {
+    return Simd::kInt8Dot ? ArithmeticId::kInt8 : ArithmeticId::kF32;
+  }
+
+  template <class Simd>
+  static void stage(F32<Simd>, const std::byte* codes, const std::byte*, const RowLayout& layout, std::byte* row) {
+    const int32_t d = layout.latent + layout.rope;
+    auto* latent = reinterpret_cast<float*>(row);
+    auto* rope = reinterpret_cast<float*>(row + layout.rope_offset);
+    if constexpr (Simd::kBytes < kBlock) {
+      decode(codes, nullptr, layout.latent, layout.rope, latent, rope);
+    } else {
+      widen<Simd>(codes, d, 0, layout.latent / kBlock, latent);
+      widen<Simd>(codes, d, layout.latent / kBlock, layout.rope / kBlock, rope);
+    }
+    for (int32_t i = layout.latent; i < layout.value; ++i) latent[i] = 0;
+  }
+
+  template <class Simd>
+  static void stage(Int8<Simd>, const std::byte* codes, const std::byte*, const RowLayout& layout, std::byte* row) {
+    const int32_t d = layout.latent + layout.rope;
+    const float scales[2] = {
+        recode<Simd>(codes, d, 0, layout.latent / kBlock, row),
+        recode<Simd>(codes, d, layout.latent / kBlock, layout.rope / kBlock, row + layout.rope_offset)};
+    __builtin_memcpy(row + layout.scale_offset, scales, 8);
+  }
+
+ private:
+  // Unpacks the blocks of one vector from block b on; past the last block the last one is repeated.
+  template <class Simd>
+  static typename Simd::Word unpack(const std::byte* codes, int32_t d, int32_t b, int32_t last) {
+    constexpr int kBlocks = Simd::kBytes / kBlock;
+    const std::byte *nibbles[kBlocks], *high[kBlocks];
+    for (int i = 0; i < kBlocks; ++i) {
+      const Planes from = planes(codes, d, b + i < last ? b + i : last);
+      nibbles[i] = from.nibbles;
+      high[i] = from.high;
+    }
+    return Simd::unpack6(nibbles, high);
+  }
+
+  template <class Simd>
+  static typename Simd::Float load_scales(const std::byte* scales, int32_t count) {
+    return count >= Simd::kLanes ? Simd::load_f16(scales) : Simd::load_f16(scales, count);
+  }
+
+  template <class Simd>
+  static void widen(const std::byte* codes, int32_t d, int32_t first, int32_t blocks, float* to) {
+    const std::byte* scales = planes(codes, d, first).scales;
+    const auto bias = Simd::set(32.0f);
+    for (int32_t b = 0; b < blocks; ++b) {
+      constexpr int kBlocks = Simd::kBytes / kBlock;
+      alignas(64) std::byte u[Simd::kBytes];
+      if (b % kBlocks == 0) Simd::store_word(u, unpack<Simd>(codes, d, first + b, first + blocks - 1));
+      const auto scale = Simd::set(f16_to_float(load_u16(scales + 2 * b)));
+      for (int i = 0; i < kBlock; i += Simd::kLanes) {
+        const auto code = Simd::sub(Simd::load_u8(u + b % kBlocks * kBlock + i), bias);
+        Simd::store(to + b * kBlock + i, Simd::mul(code, scale));
+      }
+    }
+  }
+
+  // Codes of many block scales -> biased int8 codes of one scale, which is returned. The largest block scale uses the whole
+  // range (32 -> 127); factors of the others are 13-bit fractions of it.
+  template <class Simd>
+  static float recode(const std::byte* codes, int32_t d, int32_t first, int32_t blocks, std::byte* to) {
+    constexpr int kBlocks = Simd::kBytes / kBlock;
+    const std::byte* scales = planes(codes, d, first).scales;
+    auto most = Simd::zero();
+    for (int32_t b = 0; b < blocks; b += Simd::kLanes) {
+      const auto scale = load_scales<Simd>(scales + 2 * b, blocks - b);
+      most = Simd::max(most, scale);
+    }
+    const float range = Simd::reduce_max(most) * (32.0f / 127.0f);
+    const float inverse = range > 0 ? 8192.0f / range : 0.0f;
+    const auto bias = Simd::set_word(static_cast<int32_t>(0x80808080u));
+    int32_t signs = 0;  // the factor of a block that is not finite is INT_MIN
+    for (int32_t b0 = 0; b0 < blocks; b0 += Simd::kLanes) {
+      int32_t factor[Simd::kLanes];
+      const auto scale = load_scales<Simd>(scales + 2 * b0, blocks - b0);
+      Simd::store_word(factor, Simd::round_to_word(Simd::mul(scale, Simd::set(inverse))));
+      for (int32_t b = 0; b < Simd::kLanes && b0 + b < blocks; b += kBlocks) {
+        for (int i = 0; i < kBlocks; ++i) signs |= factor[b + i];
+        const auto u = unpack<Simd>(codes, d, first + b0 + b, first + blocks - 1);
+        Simd::store_word(to + (b0 + b) * kBlock, Simd::bit_xor(Simd::rescale8(u, 32, factor + b), bias));
+      }
+    }
+    return signs < 0 ? __builtin_nanf("") : range;
+  }
+};
+
+}  // namespace
+}  // namespace flashmla

@@ -1,0 +1,10 @@
+// isa/scalar.cpp: the kernels of one level, compiled with that level's flags.
+#include "kernels/level.h"
+#include "kernels/simd/scalar.h"
+
+namespace flashmla {
+
+extern const KernelTable kernels_scalar;
+const KernelTable kernels_scalar = Level<Scalar>::table("scalar");
+
+}  // namespace flashmla

@@ -1,0 +1,28 @@
+// kernel_table.h: what one instruction set offers, as function pointers. dispatch.cpp picks a table once; driver.cpp calls it.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/params.h"
+#include "kernels/plan.h"
+
+namespace flashmla {
+
+struct KernelTable {
+  const char* name;
+  // Block shape and scratch of a call: pure functions of the dimensions, the format and the query type.
+  BlockShape (*block_shape)(const AttentionParams& p);
+  size_t (*scratch_bytes)(const AttentionParams& p, BlockShape shape);
+  // Floats of one partial result.
+  int64_t (*partial_floats)(const AttentionParams& p, BlockShape shape);
+  // Executes one item. `partials`: plan.partials * partial_floats; `scratch`: scratch_bytes, private to the thread.
+  void (*attend)(const AttentionParams& p, BlockShape shape, const WorkItem& item, float* partials, std::byte* scratch);
+  void (*merge)(const AttentionParams& p, BlockShape shape, const MergeItem& item, const float* partials);
+  // Name of the arithmetic that computes a format for a query type: f32, bf16, int8.
+  const char* (*arithmetic)(CacheFormat format, ScalarType query);
+};
+
+// The table in use.
+const KernelTable& kernels();
+
+}  // namespace flashmla

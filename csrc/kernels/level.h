@@ -1,0 +1,94 @@
+// level.h: makes the kernel table of one instruction set from its vocabulary. Included by isa/*.cpp only.
+#pragma once
+#include "kernels/attention.h"
+#include "kernels/cache_format.h"
+#include "kernels/kernel_table.h"
+#include "kernels/simd/concept.h"
+
+namespace flashmla {
+namespace {
+
+// What computes one (format, query type): the kernels of its arithmetic with the codec of the format.
+struct Pipeline {
+  BlockShape (*block_shape)(const RowLayout& layout);
+  RowLayout (*row_layout)(int32_t latent, int32_t rope);
+  size_t (*lay_out)(const RowLayout& layout, BlockShape shape, std::byte* base, Scratch& s);
+  void (*attend)(const AttentionParams& p, BlockShape shape, const WorkItem& item, StageRow stage, bool native,
+                 float* partials, std::byte* memory);
+  StageRow stage;
+  bool native;
+  const char* arithmetic;
+};
+
+template <class Simd, class Arithmetic, class Format>
+void stage_row(const std::byte* kv_c, const std::byte* k_pe, const RowLayout& layout, std::byte* row) {
+  Format::stage(Arithmetic{}, kv_c, k_pe, layout, row);
+}
+
+template <class Simd, class Arithmetic, class Format>
+constexpr Pipeline pipeline(ArithmeticId id, const char* name) {
+  return {block_shape<Simd, Arithmetic>,
+          row_layout<Simd, Arithmetic>,
+          lay_out<Simd, Arithmetic>,
+          attend<Simd, Arithmetic>,
+          stage_row<Simd, Arithmetic, Format>,
+          Format::kNative == id,
+          name};
+}
+
+template <class Simd, class Format, ScalarType kQuery>
+constexpr Pipeline choose() {
+  constexpr ArithmeticId id = Format::template arithmetic<Simd>(kQuery);
+  if constexpr (id == ArithmeticId::kBf16) {
+    return pipeline<Simd, Bf16<Simd>, Format>(id, "bf16");
+  } else if constexpr (id == ArithmeticId::kInt8) {
+    return pipeline<Simd, Int8<Simd>, Format>(id, "int8");
+  } else {
+    return pipeline<Simd, F32<Simd>, Format>(id, "f32");
+  }
+}
+
+template <class Simd, class List>
+struct Pipelines;
+template <class Simd, class... Formats>
+struct Pipelines<Simd, FormatList<Formats...>> {
+  static constexpr Pipeline kAll[][3] = {{choose<Simd, Formats, ScalarType::kF32>(),   //
+                                          choose<Simd, Formats, ScalarType::kBf16>(),  //
+                                          choose<Simd, Formats, ScalarType::kF16>()}...};
+};
+
+template <class Simd>
+const Pipeline& pipeline_of(CacheFormat format, ScalarType query) {
+  return Pipelines<Simd, CacheFormats>::kAll[static_cast<int>(format)][static_cast<int>(query)];
+}
+
+template <class Simd>
+  requires SimdVocabulary<Simd>
+struct Level {
+  static const Pipeline& of(const AttentionParams& p) { return pipeline_of<Simd>(p.cache.format, p.q_type); }
+
+  static BlockShape block_shape(const AttentionParams& p) {
+    return of(p).block_shape(of(p).row_layout(p.cache.latent, p.cache.rope));
+  }
+  static size_t scratch_bytes(const AttentionParams& p, BlockShape shape) {
+    Scratch unused;
+    return of(p).lay_out(of(p).row_layout(p.cache.latent, p.cache.rope), shape, nullptr, unused);
+  }
+  static int64_t partial_floats(const AttentionParams& p, BlockShape shape) {
+    return flashmla::partial_floats(shape, p.cache.latent);
+  }
+  static void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, float* partials,
+                     std::byte* scratch) {
+    of(p).attend(p, shape, item, of(p).stage, of(p).native, partials, scratch);
+  }
+  static const char* arithmetic(CacheFormat format, ScalarType query) {
+    return pipeline_of<Simd>(format, query).arithmetic;
+  }
+
+  static constexpr KernelTable table(const char* name) {
+    return {name, block_shape, scratch_bytes, partial_floats, attend, merge<Simd>, arithmetic};
+  }
+};
+
+}  // namespace
+}  // namespace flashmla

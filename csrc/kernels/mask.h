@@ -1,0 +1,117 @@
+// mask.h: attn_mask as the kernels use it. An interval of kept keys only narrows a row's [first, limit); a mask with holes or
+// values becomes an additive tile [t][row].
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/numeric.h"
+#include "kernels/params.h"
+#include "kernels/plan.h"
+#include "kernels/scratch.h"
+#include "kernels/visible.h"
+
+namespace flashmla {
+namespace {
+
+constexpr float kLog2e = 1.44269504088896341f;
+
+struct MaskRow {
+  MaskType type;
+  const std::byte* data;
+
+  // Additive value at a column, in log2 units; -inf at and below the lowest finite value of the mask's type.
+  float operator[](int32_t column) const {
+    constexpr float kNone = -__builtin_inff();
+    switch (type) {
+      case MaskType::kNone: return 0;
+      case MaskType::kBool: return data[column] != std::byte{0} ? 0 : kNone;
+      case MaskType::kF32: {
+        float x;
+        __builtin_memcpy(&x, data + 4 * static_cast<int64_t>(column), 4);
+        return x <= -3.4028234e38f ? kNone : x * kLog2e;
+      }
+      case MaskType::kBf16: {
+        const float x = bf16_to_float(half_at(column));
+        return x <= -3.3895313e38f ? kNone : x * kLog2e;
+      }
+      case MaskType::kF16: {
+        const float x = f16_to_float(half_at(column));
+        return x <= -65504.0f ? kNone : x * kLog2e;
+      }
+    }
+    return 0;
+  }
+
+  uint16_t half_at(int32_t column) const {
+    uint16_t x;
+    __builtin_memcpy(&x, data + 2 * static_cast<int64_t>(column), 2);
+    return x;
+  }
+};
+
+inline MaskRow mask_row(const AttentionParams& p, int32_t sequence, int32_t row) {
+  const int32_t token = row / p.heads, head = row % p.heads;
+  return {p.mask_type, p.mask + sequence * p.mask_stride[0] + head * p.mask_stride[1] + token * p.mask_stride[2]};
+}
+
+// Rows of one query token whose heads read the same mask row: they see the same keys.
+inline bool same_mask(const AttentionParams& p, const WorkItem& item, int32_t a, int32_t b) {
+  return p.mask_stride[1] == 0 && (item.row_begin + a) / p.heads == (item.row_begin + b) / p.heads;
+}
+
+// Sets [first, limit) of the rows of an item, within its keys. Returns whether the mask has holes or values inside.
+inline bool find_ranges(const AttentionParams& p, const WorkItem& item, int32_t padded_rows, const Scratch& s) {
+  bool holes = false;
+  for (int32_t r = 0; r < padded_rows; ++r) {
+    if (item.row_begin + r >= item.row_end) {
+      // Padding rows see what the first row sees: they never make a tile an edge.
+      s.first[r] = s.first[0];
+      s.limit[r] = s.limit[0];
+      continue;
+    }
+    const KeyRange keys = visible_to_token(p, item.sequence, (item.row_begin + r) / p.heads);
+    int32_t first = keys.begin > item.key_begin ? keys.begin : item.key_begin;
+    int32_t limit = keys.end < item.key_end ? keys.end : item.key_end;
+    if (limit < first) limit = first;
+    if (p.mask_type != MaskType::kNone) {
+      const MaskRow mask = mask_row(p, item.sequence, item.row_begin + r);
+      if (r > 0 && same_mask(p, item, r, r - 1)) {
+        first = s.first[r - 1];
+        limit = s.limit[r - 1];
+      } else {
+        while (first < limit && mask[first] == -__builtin_inff()) ++first;
+        while (first < limit && mask[limit - 1] == -__builtin_inff()) --limit;
+        for (int32_t t = first; t < limit && !holes; ++t) holes = mask[t] != 0;
+      }
+    }
+    s.first[r] = first;
+    s.limit[r] = limit;
+  }
+  return holes;
+}
+
+// The additive tile of tokens [begin, begin + tokens); rows and positions outside the ranges are left to soften().
+inline void fill_bias(const AttentionParams& p, const WorkItem& item, int32_t begin, int32_t tokens, int32_t padded_rows,
+                      const Scratch& s) {
+  for (int32_t r = 0; r < padded_rows; ++r) {
+    float* to = s.bias + r;
+    if (item.row_begin + r >= item.row_end) {
+      for (int32_t t = 0; t < tokens; ++t) to[static_cast<int64_t>(t) * padded_rows] = 0;
+      continue;
+    }
+    const MaskRow mask = mask_row(p, item.sequence, item.row_begin + r);
+    if (r > 0 && same_mask(p, item, r, r - 1)) {  // heads that share a mask row copy their neighbour
+      for (int32_t t = 0; t < tokens; ++t) {
+        to[static_cast<int64_t>(t) * padded_rows] = to[static_cast<int64_t>(t) * padded_rows - 1];
+      }
+      continue;
+    }
+    for (int32_t t = 0; t < tokens; ++t) {
+      const bool in = begin + t >= s.first[r] && begin + t < s.limit[r];
+      to[static_cast<int64_t>(t) * padded_rows] = in ? mask[begin + t] : 0;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace flashmla

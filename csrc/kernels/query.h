@@ -1,0 +1,129 @@
+// query.h: packs a block of query rows so that lanes are rows: [row block][word][row], the operand of score().
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/formats/float.h"
+#include "kernels/params.h"
+#include "kernels/plan.h"
+#include "kernels/scratch.h"
+
+namespace flashmla {
+namespace {
+
+// Rows are packed in blocks of this many vectors, as many as score() keeps in registers: contiguous per block, because with a
+// stride of all rows the words of one row share few L1 sets.
+template <class Simd>
+constexpr int kMaxRowVectors = Simd::kRegisters == 32 ? 4 : 2;
+
+// Vectors of the row block that starts at vector v of n.
+template <class Simd>
+[[gnu::always_inline]] inline int row_vectors(int v, int n) {
+  int width = kMaxRowVectors<Simd>;
+  while (width > n - v) width /= 2;
+  return width;
+}
+
+template <class Simd>
+void widen_query(ScalarType type, const std::byte* from, int32_t count, int32_t padded, float* to) {
+  switch (type) {
+    case ScalarType::kF32: return widen_values<Simd, F32Element>(from, count, padded, to);
+    case ScalarType::kBf16: return widen_values<Simd, Bf16Element>(from, count, padded, to);
+    case ScalarType::kF16: return widen_values<Simd, F16Element>(from, count, padded, to);
+  }
+}
+
+[[gnu::always_inline]] inline const std::byte* query_row(const QueryRows& q, int32_t sequence, int32_t token, int32_t head) {
+  return q.data + sequence * q.stride[0] + token * q.stride[1] + head * q.stride[2];
+}
+
+// One segment of one query row as arithmetic elements; returns its scale and start value for scaled arithmetics.
+template <class Simd, class Arithmetic>
+void encode_query(ScalarType type, const std::byte* from, int32_t count, std::byte* to, float* scale, int32_t* start) {
+  constexpr int kVector = Simd::kLanes * Arithmetic::kGroup;
+  constexpr int kChunk = 512;  // values widened at a time
+  float wide[kChunk];
+  float inverse = 1;
+  const int64_t size = type == ScalarType::kF32 ? 4 : 2;
+  if constexpr (Arithmetic::kScaled) {
+    auto most = Simd::zero();
+    for (int32_t at = 0; at < count; at += kChunk) {
+      const int32_t n = count - at < kChunk ? count - at : kChunk;
+      widen_query<Simd>(type, from + at * size, n, round_up(n, Simd::kLanes), wide);
+      for (int32_t i = 0; i < n; i += Simd::kLanes) most = Simd::max(most, Simd::abs(Simd::load(wide + i)));
+    }
+    const float m = Simd::reduce_max(most);
+    inverse = m > 1e-30f ? Arithmetic::kQueryMax / m : 0.0f;
+    *scale = m > 1e-30f ? m / Arithmetic::kQueryMax : 0.0f;
+  }
+  auto finite = Simd::zero();  // NaN once a value is not finite
+  for (int32_t at = 0; at < count; at += kChunk) {
+    const int32_t n = count - at < kChunk ? count - at : kChunk;
+    widen_query<Simd>(type, from + at * size, n, round_up(n, kVector), wide);
+    for (int32_t i = 0; i < n; i += kVector) {
+      typename Simd::Float x[Arithmetic::kGroup];
+      for (int v = 0; v < Arithmetic::kGroup; ++v) {
+        x[v] = Simd::load(wide + i + v * Simd::kLanes);
+        if constexpr (Arithmetic::kScaled) {
+          finite = Simd::fma(x[v], Simd::zero(), finite);
+          x[v] = Simd::mul(x[v], Simd::set(inverse));
+        }
+      }
+      Arithmetic::store_query(to + (at + i) * Arithmetic::kBytes, x);
+    }
+  }
+  if constexpr (Arithmetic::kScaled) {
+    float lanes[Simd::kLanes];
+    Simd::store(lanes, finite);
+    for (const float x : lanes) *scale += x;
+    int32_t sum = 0;
+    for (int32_t i = 0; i < count; ++i) sum += static_cast<int8_t>(to[i]);
+    *start = -Arithmetic::kKeyBias * sum;
+  }
+}
+
+// Packs rows [item.row_begin, item.row_end), zero rows up to `vectors` whole vectors.
+template <class Simd, class Arithmetic>
+void pack_queries(const AttentionParams& p, const WorkItem& item, const RowLayout& layout, int vectors, Scratch& s) {
+  using Word = typename Simd::Word;
+  const int32_t rows = item.row_end - item.row_begin;
+  const int32_t words = layout.groups[0] + layout.groups[1];
+  for (int v = 0; v < vectors;) {
+    const int width = row_vectors<Simd>(v, vectors);
+    std::byte* block = s.packed_query + static_cast<int64_t>(v) * Simd::kLanes * words * 4;
+    for (int u = 0; u < width; ++u) {
+      for (int i = 0; i < Simd::kLanes; ++i) {
+        const int32_t r = (v + u) * Simd::kLanes + i;
+        std::byte* row = s.query_rows + i * layout.stride;
+        for (int seg = 0; seg < 2; ++seg) s.query_scale[seg][r] = 0, s.query_sum[seg][r] = 0;
+        if (r >= rows) {
+          __builtin_memset(row, 0, layout.stride);
+          continue;
+        }
+        const int32_t token = (item.row_begin + r) / p.heads, head = (item.row_begin + r) % p.heads;
+        encode_query<Simd, Arithmetic>(p.q_type, query_row(p.q, item.sequence, token, head), layout.latent, row,
+                                       s.query_scale[0] + r, s.query_sum[0] + r);
+        if (layout.rope == 0) continue;
+        encode_query<Simd, Arithmetic>(p.q_type, query_row(p.q_pe, item.sequence, token, head), layout.rope,
+                                       row + layout.rope_offset, s.query_scale[1] + r, s.query_sum[1] + r);
+      }
+      int32_t done = 0;  // words of the segments before
+      for (int seg = 0; seg < 2; done += layout.groups[seg], ++seg) {
+        const std::byte* from = s.query_rows + (seg == 0 ? 0 : layout.rope_offset);
+        for (int32_t g = 0; g < layout.groups[seg]; g += Simd::kLanes) {
+          Word x[Simd::kLanes];
+          for (int i = 0; i < Simd::kLanes; ++i) x[i] = Simd::load_word(from + i * layout.stride + 4 * g);
+          Simd::transpose(x);
+          const int32_t n = layout.groups[seg] - g < Simd::kLanes ? layout.groups[seg] - g : Simd::kLanes;
+          for (int i = 0; i < n; ++i) {
+            Simd::store_word(block + (static_cast<int64_t>(done + g + i) * width + u) * Simd::kLanes * 4, x[i]);
+          }
+        }
+      }
+    }
+    v += width;
+  }
+}
+
+}  // namespace
+}  // namespace flashmla

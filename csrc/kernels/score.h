@@ -1,0 +1,115 @@
+// score.h: S[t][row] = K[t] . Q[row] for one tile. Lanes are query rows; one word of K is broadcast.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/query.h"
+#include "kernels/scratch.h"
+#include "kernels/tile.h"
+
+namespace flashmla {
+namespace {
+
+// kTokens x kVectors accumulators: tokens [t, t + kTokens) of the tile (within one page) against one row block.
+// `ahead`: what to prefetch meanwhile, `ahead_bytes` per token; null for none.
+template <class Simd, class Arithmetic, int kTokens, int kVectors>
+void score_block(const Tile& tile, int32_t t, const std::byte* query, const Scratch& s, int32_t row, int32_t rows,
+                 const std::byte* ahead, int64_t ahead_bytes) {
+  using Acc = typename Arithmetic::Acc;
+  using Word = typename Simd::Word;
+  constexpr int kLanes = Simd::kLanes;
+  Acc acc[kTokens][kVectors];
+  float* out = s.score + static_cast<int64_t>(t) * rows + row;
+
+  for (int seg = 0; seg < 2; ++seg) {
+    const Span& span = tile.key[seg];
+    if (seg == 1 && span.words == 0) break;
+    const std::byte* key = span.group[t / kPage] + t % kPage * span.stride;
+    if (seg == 0 || Arithmetic::kScaled) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        Acc start;
+        if constexpr (Arithmetic::kScaled) {
+          start = Simd::load_word(s.query_sum[seg] + row + v * kLanes);
+        } else {
+          start = Simd::zero();
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < kTokens; ++i) acc[i][v] = start;
+      }
+    }
+    const int64_t step = seg == 0 && ahead ? (kTokens * ahead_bytes + span.words - 1) / span.words : 0;
+    const std::byte* fetch = ahead ? ahead : key;
+    for (int32_t g = 0; g < span.words; ++g) {
+      Word q[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) q[v] = Simd::load_word(query + v * kLanes * 4);
+      query += kVectors * kLanes * 4;
+      Simd::prefetch(fetch);
+      fetch += step;
+#pragma GCC unroll 16
+      for (int i = 0; i < kTokens; ++i) {
+        const Word k = Simd::broadcast_word(key + i * span.stride + 4 * g);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) acc[i][v] = Arithmetic::dot_key(acc[i][v], q[v], k);
+      }
+    }
+    if constexpr (Arithmetic::kScaled) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const auto query_scale = Simd::load(s.query_scale[seg] + row + v * kLanes);
+#pragma GCC unroll 16
+        for (int i = 0; i < kTokens; ++i) {
+          float key_scale;
+          __builtin_memcpy(&key_scale, key + i * span.stride + span.scale, 4);
+          float* to = out + i * rows + v * kLanes;
+          const auto scale = Simd::mul(query_scale, Simd::set(key_scale));
+          const auto before = seg == 0 ? Simd::zero() : Simd::load(to);
+          Simd::store(to, Simd::fma(Simd::to_float(acc[i][v]), scale, before));
+        }
+      }
+    }
+  }
+  if constexpr (!Arithmetic::kScaled) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kTokens; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) Simd::store(out + i * rows + v * kLanes, acc[i][v]);
+    }
+  }
+}
+
+// All tokens of the tile against one row block of kVectors vectors.
+template <class Simd, class Arithmetic, int kVectors>
+void score_rows(const Tile& tile, const std::byte* query, const Scratch& s, int32_t row, int32_t rows, bool prefetch) {
+  // Accumulators leave room for the queries and the broadcast: 16 of 32 registers, 8 of 16.
+  constexpr int kTokens = Simd::kRegisters / 2 / kVectors;
+  constexpr int kAhead = 2;  // pages: 32 tokens
+  for (int32_t t = 0; t < tile.tokens; t += kTokens) {
+    const Span& span = tile.key[0];
+    const std::byte* ahead = span.group[t / kPage + kAhead] + t % kPage * span.stride;
+    score_block<Simd, Arithmetic, kTokens, kVectors>(tile, t, query, s, row, rows, prefetch ? ahead : nullptr,
+                                                     span.stride);
+  }
+}
+
+template <class Simd, class Arithmetic>
+void score(const Tile& tile, int vectors, const Scratch& s, bool prefetch) {
+  const int64_t words = tile.key[0].words + tile.key[1].words;
+  const int32_t rows = vectors * Simd::kLanes;
+  for (int v = 0; v < vectors;) {
+    const int width = row_vectors<Simd>(v, vectors);
+    const int32_t row = v * Simd::kLanes;
+    const std::byte* query = s.packed_query + row * words * 4;
+    const bool first = prefetch && v == 0;
+    if constexpr (kMaxRowVectors<Simd> == 4) {
+      if (width == 4) score_rows<Simd, Arithmetic, 4>(tile, query, s, row, rows, first);
+    }
+    if (width == 2) score_rows<Simd, Arithmetic, 2>(tile, query, s, row, rows, first);
+    if (width == 1) score_rows<Simd, Arithmetic, 1>(tile, query, s, row, rows, first);
+    v += width;
+  }
+}
+
+}  // namespace
+}  // namespace flashmla

@@ -1,0 +1,88 @@
+// scratch.h: the working memory of one work item, laid out in one buffer that the caller lends. Independent of the context length.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/plan.h"
+#include "kernels/row_layout.h"
+
+namespace flashmla {
+namespace {
+
+struct Scratch {
+  std::byte* packed_query;  // [row vector block][words][row]: 32-bit words
+  std::byte* query_rows;    // [kLanes] rows of the arithmetic, before packing
+  std::byte* staged;        // [tile] staged rows
+  float* score;             // [tile][rows]
+  std::byte* probability;   // [tile / group][rows]: 32-bit words
+  float* output;            // [rows][value]
+  float* bias;              // [tile][rows]: additive mask of one tile
+  float* maximum;           // [rows], log2 units
+  float* sum;               // [rows]
+  float* correction;        // [rows]: factor of the old output
+  float* value_scale;       // [rows]: of the integer accumulators of a tile
+  float* query_scale[2];    // [rows] per segment
+  int32_t* query_sum[2];    // [rows] per segment: start value of the accumulators
+  int32_t* first;           // [rows]: keys [first, limit) are visible
+  int32_t* limit;           // [rows]
+};
+
+// Floats of one partial result: [rows][L] values and [rows] log-sum-exp.
+inline int64_t partial_floats(BlockShape shape, int32_t latent) {
+  return static_cast<int64_t>(shape.rows) * (latent + 1);
+}
+
+// Assigns the pieces from `base` on (which may be null, to measure). Returns the bytes used.
+template <class Simd, class Arithmetic>
+size_t lay_out(const RowLayout& layout, BlockShape shape, std::byte* base, Scratch& s) {
+  size_t used = 0;
+  auto take = [&](size_t bytes) {
+    std::byte* p = base + used;
+    used += (bytes + kCacheLine - 1) / kCacheLine * kCacheLine;
+    return p;
+  };
+  const size_t rows = static_cast<size_t>(round_up(shape.rows, Simd::kLanes)), tile = static_cast<size_t>(shape.tile);
+  const size_t words = static_cast<size_t>(layout.groups[0]) + static_cast<size_t>(layout.groups[1]);
+  auto take_floats = [&](size_t n) { return reinterpret_cast<float*>(take(n * 4)); };
+  s.packed_query = take(rows * words * 4);
+  s.query_rows = take(static_cast<size_t>(Simd::kLanes) * static_cast<size_t>(layout.stride));
+  s.staged = take(tile * static_cast<size_t>(layout.stride));
+  s.score = take_floats(tile * rows);
+  s.probability = take(tile / Arithmetic::kGroup * rows * 4);
+  s.output = take_floats(rows * static_cast<size_t>(layout.value));
+  s.bias = take_floats(tile * rows);
+  s.maximum = take_floats(rows);
+  s.sum = take_floats(rows);
+  s.correction = take_floats(rows);
+  s.value_scale = take_floats(rows);
+  for (int i = 0; i < 2; ++i) {
+    s.query_scale[i] = take_floats(rows);
+    s.query_sum[i] = reinterpret_cast<int32_t*>(take(rows * 4));
+  }
+  s.first = reinterpret_cast<int32_t*>(take(rows * 4));
+  s.limit = reinterpret_cast<int32_t*>(take(rows * 4));
+  return used;
+}
+
+// The largest block whose working set (query, tile, output, scores, probabilities) stays in a good part of a 1 MiB L2 cache:
+// a pure function of the arithmetic and the dimensions.
+template <class Simd, class Arithmetic>
+BlockShape block_shape(const RowLayout& layout) {
+  constexpr int64_t kBudget = 768 * 1024;
+  BlockShape shape = {32, 64};
+  for (const int32_t rows : {128, 64, 32}) {
+    for (const int32_t tile : {128, 64}) {
+      const int64_t words = layout.groups[0] + layout.groups[1];
+      const int64_t bytes = 4 * rows * words + static_cast<int64_t>(tile) * layout.stride + 4 * rows * layout.value +
+                            4 * tile * rows + 4 * tile / Arithmetic::kGroup * rows;
+      if (bytes <= kBudget) {
+        shape = {rows, tile};
+        return shape;
+      }
+    }
+  }
+  return shape;
+}
+
+}  // namespace
+}  // namespace flashmla

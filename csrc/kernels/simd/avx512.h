@@ -1,0 +1,212 @@
+// simd/avx512.h: the vector vocabulary on AVX-512 (F, BW, DQ, VL) with VNNI: 16 lanes of 32 bits.
+//
+// Every simd/*.h defines the same verbs (simd/concept.h lists and explains them); the algorithms name only these.
+#pragma once
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace flashmla {
+namespace {
+
+struct Avx512 {
+  static constexpr int kLanes = 16;
+  static constexpr int kRegisters = 32;
+  static constexpr bool kBf16Dot = false;
+  static constexpr bool kInt8Dot = true;
+  using Float = __m512;
+  using Word = __m512i;
+
+  // Moving.
+  static Float zero() { return _mm512_setzero_ps(); }
+  static Float set(float x) { return _mm512_set1_ps(x); }
+  static Float load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, Float x) { _mm512_storeu_ps(p, x); }
+  static Word zero_word() { return _mm512_setzero_si512(); }
+  static Word set_word(int32_t x) { return _mm512_set1_epi32(x); }
+  static Word load_word(const void* p) { return _mm512_loadu_si512(p); }
+  static void store_word(void* p, Word x) { _mm512_storeu_si512(p, x); }
+  static Word broadcast_word(const void* p) {
+    int32_t x;
+    __builtin_memcpy(&x, p, 4);
+    return _mm512_set1_epi32(x);
+  }
+  static Word as_word(Float x) { return _mm512_castps_si512(x); }
+  static Float as_float(Word x) { return _mm512_castsi512_ps(x); }
+
+  // Float arithmetic. min and max return b when either operand is NaN.
+  static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
+  static Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
+  static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
+  static Float div(Float a, Float b) { return _mm512_div_ps(a, b); }
+  static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+  static Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
+  static Float abs(Float a) { return _mm512_abs_ps(a); }
+  static Float round(Float a) {
+    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  static float reduce_max(Float a) { return _mm512_reduce_max_ps(a); }
+
+  // Words.
+  static Float to_float(Word x) { return _mm512_cvtepi32_ps(x); }
+  static Word round_to_word(Float x) { return _mm512_cvtps_epi32(x); }
+  static Word bit_or(Word a, Word b) { return _mm512_or_si512(a, b); }
+  static Word bit_xor(Word a, Word b) { return _mm512_xor_si512(a, b); }
+  template <int kBits>
+  static Word shift_left(Word x) {
+    return _mm512_slli_epi32(x, kBits);
+  }
+
+  // a where first <= t < limit, else b.
+  static Float select_in_range(int32_t t, Word first, Word limit, Float a, Float b) {
+    const Word at = _mm512_set1_epi32(t);
+    const __mmask16 in = _mm512_cmple_epi32_mask(first, at) & _mm512_cmplt_epi32_mask(at, limit);
+    return _mm512_mask_blend_ps(in, b, a);
+  }
+  // a where x == -inf, else b.
+  static Float select_minus_infinity(Float x, Float a, Float b) {
+    const __mmask16 is = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-__builtin_inff()), _CMP_EQ_OQ);
+    return _mm512_mask_blend_ps(is, b, a);
+  }
+
+  // p * 2^n for integral n >= kExp2Floor; exactly 0 at the floor.
+  static constexpr float kExp2Floor = -160.0f;
+  static Float scale_by_exp2(Float p, Float n) { return _mm512_scalef_ps(p, n); }
+
+  // Dot products of a 32-bit group per lane.
+  static Word dot_u8s8(Word sum, Word u8, Word s8) {
+    // Not the intrinsic: g++ 12 spills the accumulators around it, at 40 % of the rate.
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u8), "v"(s8));
+    return sum;
+  }
+
+  // Interleaves of rows for a dot over tokens: lane w of the results holds one dim of all rows.
+  static void interleave16(Word a, Word b, Word out[2]) {
+    out[0] = _mm512_unpacklo_epi16(a, b);
+    out[1] = _mm512_unpackhi_epi16(a, b);
+  }
+  static void interleave8(Word a, Word b, Word c, Word d, Word out[4]) {
+    const Word ab0 = _mm512_unpacklo_epi8(a, b), ab1 = _mm512_unpackhi_epi8(a, b);
+    const Word cd0 = _mm512_unpacklo_epi8(c, d), cd1 = _mm512_unpackhi_epi8(c, d);
+    out[0] = _mm512_unpacklo_epi16(ab0, cd0);
+    out[1] = _mm512_unpackhi_epi16(ab0, cd0);
+    out[2] = _mm512_unpacklo_epi16(ab1, cd1);
+    out[3] = _mm512_unpackhi_epi16(ab1, cd1);
+  }
+  // The dims of interleaved results, back in order.
+  static void restore16(Float v[2]) {
+    const Word lo = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+    const Word hi = _mm512_set_epi32(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8);
+    const Float a = _mm512_permutex2var_ps(v[0], lo, v[1]);
+    v[1] = _mm512_permutex2var_ps(v[0], hi, v[1]);
+    v[0] = a;
+  }
+  static void restore8(Float v[4]) {
+    const Float a = _mm512_shuffle_f32x4(v[0], v[1], 0x44), b = _mm512_shuffle_f32x4(v[0], v[1], 0xee);
+    const Float c = _mm512_shuffle_f32x4(v[2], v[3], 0x44), d = _mm512_shuffle_f32x4(v[2], v[3], 0xee);
+    v[0] = _mm512_shuffle_f32x4(a, c, 0x88);
+    v[1] = _mm512_shuffle_f32x4(a, c, 0xdd);
+    v[2] = _mm512_shuffle_f32x4(b, d, 0x88);
+    v[3] = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+
+  // kLanes x kLanes words, in place.
+  static void transpose(Word x[16]) {
+    Word t[16];
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+      t[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+      x[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+      x[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+      x[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+      x[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+      t[i] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88);
+      t[i + 4] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xdd);
+      t[i + 8] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88);
+      t[i + 12] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; ++i) {
+      x[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+      x[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+      x[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+      x[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+  }
+
+  // kLanes values of a storage type. The `count` forms touch only the first count (< kLanes) elements.
+  static Float load_bf16(const void* p) { return widen_bf16(load256(p)); }
+  static Float load_f16(const void* p) { return _mm512_cvtph_ps(load256(p)); }
+  static Float load_f16(const void* p, int count) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p));
+  }
+  static Float load_s8(const void* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+  }
+  static Float load_u8(const void* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+  }
+  static void store_bf16(void* p, Float x) {
+    _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bf16(x), 16)));
+  }
+  static void store_f16(void* p, Float x) {
+    _mm256_storeu_si256(static_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  // Saturates to int8.
+  static void store_s8(void* p, Word x) {
+    _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(x));
+  }
+
+  // 64 (4 * kLanes) packed codes: two blocks of 32.
+  static constexpr int kBytes = 64;
+  // Six-bit codes (0..63) of two blocks: 16 bytes of nibbles and 8 bytes of high bits each.
+  static Word unpack6(const std::byte* const nibbles[2], const std::byte* const high[2]) {
+    __m512i n = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(nibbles[0])));
+    n = _mm512_inserti64x2(n, _mm_loadu_si128(reinterpret_cast<const __m128i*>(nibbles[1])), 1);
+    n = _mm512_permutexvar_epi64(_mm512_set_epi64(3, 2, 3, 2, 1, 0, 1, 0), n);
+    n = _mm512_srlv_epi64(n, _mm512_set_epi64(4, 4, 0, 0, 4, 4, 0, 0));
+    int64_t h0, h1;
+    __builtin_memcpy(&h0, high[0], 8);
+    __builtin_memcpy(&h1, high[1], 8);
+    __m512i h = _mm512_mask_blend_epi64(0xf0, _mm512_set1_epi64(h0), _mm512_set1_epi64(h1));
+    h = _mm512_srlv_epi64(h, _mm512_set_epi64(6, 4, 2, 0, 6, 4, 2, 0));
+    n = _mm512_and_si512(n, _mm512_set1_epi8(15));
+    h = _mm512_slli_epi16(_mm512_and_si512(h, _mm512_set1_epi8(3)), 4);
+    return _mm512_or_si512(n, h);
+  }
+  // (code - bias) * factor / 8192, rounded, as int8; one factor (< 4 * 8192) per block of 32 codes.
+  static Word rescale8(Word codes, int bias, const int32_t factor[2]) {
+    const __m512i s = _mm512_sub_epi8(codes, _mm512_set1_epi8(static_cast<char>(bias)));
+    __m512i a = _mm512_cvtepi8_epi16(_mm512_castsi512_si256(s));
+    __m512i b = _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(s, 1));
+    a = _mm512_mulhrs_epi16(_mm512_slli_epi16(a, 2), _mm512_set1_epi16(static_cast<short>(factor[0])));
+    b = _mm512_mulhrs_epi16(_mm512_slli_epi16(b, 2), _mm512_set1_epi16(static_cast<short>(factor[1])));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtsepi16_epi8(a)), _mm512_cvtsepi16_epi8(b), 1);
+  }
+
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+ private:
+  static __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static Float widen_bf16(__m256i x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+  }
+
+ protected:
+  // Nearest-even bf16 in the high half of each word; NaN stays NaN.
+  static Word round_bf16(Float x) {
+    const Word w = _mm512_castps_si512(x);
+    const Word odd = _mm512_and_si512(_mm512_srli_epi32(w, 16), _mm512_set1_epi32(1));
+    const Word rounded = _mm512_add_epi32(w, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+  }
+};
+
+}  // namespace
+}  // namespace flashmla

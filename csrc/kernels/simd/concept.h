@@ -1,0 +1,64 @@
+// simd/concept.h: the vector vocabulary that every instruction set defines, and what each verb means.
+//
+//   Float, Word           vectors of kLanes f32 / 32-bit words
+//   max(a, b)             b when either is NaN
+//   select_in_range       a where first <= t < limit, else b           select_minus_infinity   a where x == -inf, else b
+//   scale_by_exp2(p, n)   p * 2^n for integral n in [kExp2Floor, 0]; exactly 0 at the floor
+//   interleave16 / 8      rows of 2- / 1-byte elements -> vectors whose words hold one dim of all 2 / 4 rows
+//   restore16 / 8         the inverse order of dims, for f32 results of interleaved values
+//   transpose             kLanes x kLanes words in place
+//   load_bf16, ...        kLanes values of a storage type, widened; (p, count) touches only the first count elements
+//   dot_bf16, pair_bf16   with kBf16Dot: f32 dot of bf16 pairs; words of (low, high) rounded to bf16
+//   dot_u8s8, unpack6,    with kInt8Dot: int32 dot of four codes; kBytes six-bit codes from their planes;
+//   rescale8              (code - bias) * factor / 8192 as int8
+#pragma once
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+
+namespace flashmla {
+namespace {
+
+template <class S>
+concept SimdVocabulary = requires(typename S::Float f, typename S::Word w, typename S::Float* fs, typename S::Word* ws,
+                                  float* p, void* v, const void* cv, const std::byte* const* planes, const int32_t* factor) {
+  { S::kLanes } -> std::convertible_to<int>;
+  { S::kRegisters } -> std::convertible_to<int>;
+  { S::load(p) } -> std::same_as<typename S::Float>;
+  { S::load_word(cv) } -> std::same_as<typename S::Word>;
+  { S::broadcast_word(cv) } -> std::same_as<typename S::Word>;
+  { S::fma(f, f, f) } -> std::same_as<typename S::Float>;
+  { S::max(f, f) } -> std::same_as<typename S::Float>;
+  { S::reduce_max(f) } -> std::same_as<float>;
+  { S::to_float(w) } -> std::same_as<typename S::Float>;
+  { S::round_to_word(f) } -> std::same_as<typename S::Word>;
+  { S::select_in_range(0, w, w, f, f) } -> std::same_as<typename S::Float>;
+  { S::select_minus_infinity(f, f, f) } -> std::same_as<typename S::Float>;
+  { S::scale_by_exp2(f, f) } -> std::same_as<typename S::Float>;
+  { S::load_bf16(cv) } -> std::same_as<typename S::Float>;
+  { S::load_f16(cv) } -> std::same_as<typename S::Float>;
+  { S::load_f16(cv, 1) } -> std::same_as<typename S::Float>;
+  { S::load_s8(cv) } -> std::same_as<typename S::Float>;
+  { S::load_u8(cv) } -> std::same_as<typename S::Float>;
+  S::store_bf16(v, f);
+  S::store_f16(v, f);
+  S::transpose(ws);
+  S::prefetch(cv);
+  requires !S::kBf16Dot || requires {
+    { S::dot_bf16(f, w, w) } -> std::same_as<typename S::Float>;
+    { S::pair_bf16(f, f) } -> std::same_as<typename S::Word>;
+    S::interleave16(w, w, ws);
+    S::restore16(fs);
+  };
+  requires !S::kInt8Dot || requires {
+    { S::dot_u8s8(w, w, w) } -> std::same_as<typename S::Word>;
+    { S::unpack6(planes, planes) } -> std::same_as<typename S::Word>;
+    { S::rescale8(w, 0, factor) } -> std::same_as<typename S::Word>;
+    S::interleave8(w, w, w, w, ws);
+    S::restore8(fs);
+    S::store_s8(v, w);
+  };
+};
+
+}  // namespace
+}  // namespace flashmla

@@ -1,0 +1,45 @@
+// slots.h: token of a sequence -> address of its rows in the cache.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/params.h"
+
+namespace flashmla {
+namespace {
+
+struct RowAddress {
+  const std::byte* kv_c;
+  const std::byte* k_pe;
+};
+
+// The pages of one sequence.
+class Slots {
+ public:
+  Slots(const CacheView& cache, int32_t sequence)
+      : cache_(cache),
+        pages_(cache.block_table ? cache.block_table + sequence * cache.block_table_stride : nullptr),
+        sequence_(sequence) {}
+
+  [[gnu::always_inline]] RowAddress operator[](int32_t token) const {
+    int64_t block = sequence_;
+    int32_t offset = token;
+    if (pages_) {
+      block = pages_[token / cache_.block_size];
+      offset = token % cache_.block_size;
+    }
+    return {cache_.kv_c.data + block * cache_.kv_c.block_stride + offset * cache_.kv_c.token_stride,
+            cache_.k_pe.data + block * cache_.k_pe.block_stride + offset * cache_.k_pe.token_stride};
+  }
+
+  // Tokens [16 i, 16 i + 16) are neighbours in memory, for every i.
+  bool whole_pages(int32_t tokens) const { return !pages_ || cache_.block_size % tokens == 0; }
+
+ private:
+  const CacheView& cache_;
+  const int32_t* pages_;
+  int32_t sequence_;
+};
+
+}  // namespace
+}  // namespace flashmla

@@ -1,0 +1,144 @@
+// tile.h: up to 128 tokens as the algorithm sees them, direct from the cache or staged: codec + slots -> Tile.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/row_layout.h"
+#include "kernels/slots.h"
+
+namespace flashmla {
+namespace {
+
+// One segment of the rows of a tile: token t is at group[t / 16] + (t % 16) * stride. The last two groups belong to the next
+// tile and are only prefetched.
+struct Span {
+  const std::byte* group[kTile / kPage + 2];
+  int64_t stride;  // bytes
+  int32_t words;   // 32-bit groups per row
+  int64_t scale;   // bytes from a row to its f32 scale (scaled arithmetics)
+};
+
+struct Tile {
+  int32_t begin;   // position of token 0
+  int32_t tokens;  // a multiple of 16; the last ones may be padding (zero rows), masked by position
+  Span key[2];     // latent and rope
+  Span value;
+};
+
+using StageRow = void (*)(const std::byte* kv_c, const std::byte* k_pe, const RowLayout& layout, std::byte* row);
+
+// Makes the tiles of one work item.
+class Tiles {
+ public:
+  // direct: rows of the cache already are rows of the arithmetic and suit the kernels (see suits_direct).
+  Tiles(const CacheView& cache, int32_t sequence, const RowLayout& layout, StageRow stage, bool direct,
+        int64_t row_scale, std::byte* scratch)
+      : cache_(cache), slots_(cache, sequence), layout_(layout), stage_(stage), direct_(direct),
+        row_scale_(row_scale), scratch_(scratch) {}
+
+  // The tile of positions [begin, end); `next_end` bounds what may be prefetched.
+  Tile operator()(int32_t begin, int32_t end, int32_t next_end) const {
+    const bool whole = begin % kPage == 0 && end % kPage == 0;
+    return direct_ && whole ? direct_tile(begin, end, next_end) : staged_tile(begin, end, next_end);
+  }
+
+ private:
+  Tile direct_tile(int32_t begin, int32_t end, int32_t next_end) const {
+    Tile tile = {};
+    tile.begin = begin;
+    tile.tokens = end - begin;
+    const int32_t groups = tile.tokens / kPage;
+    for (int32_t g = 0; g < groups + 2; ++g) {
+      const int32_t token = begin + g * kPage;
+      const RowAddress row = slots_[g < groups || token < next_end ? token : end - kPage];
+      tile.key[0].group[g] = row.kv_c;
+      tile.key[1].group[g] = row.k_pe;
+    }
+    tile.key[0].stride = cache_.kv_c.token_stride;
+    tile.key[1].stride = cache_.k_pe.token_stride;
+    // Packed rows: the scales follow the codes, one f32 per segment.
+    tile.key[0].scale = row_scale_;
+    tile.key[1].scale = row_scale_ + 4;
+    if (row_scale_ != 0) {
+      for (int32_t g = 0; g < groups + 2; ++g) tile.key[1].group[g] = tile.key[0].group[g] + layout_.latent;
+      tile.key[1].stride = tile.key[0].stride;
+      tile.key[1].scale -= layout_.latent;
+    }
+    return finish(tile);
+  }
+
+  Tile staged_tile(int32_t begin, int32_t end, int32_t next_end) const {
+    constexpr int32_t kAhead = 8;  // rows
+    Tile tile = {};
+    tile.begin = begin;
+    tile.tokens = round_up(end - begin, kPage);
+    std::byte* row = scratch_;
+    for (int32_t t = begin; t < end; ++t, row += layout_.stride) {
+      if (t + kAhead < next_end) prefetch_row(slots_[t + kAhead]);
+      const RowAddress from = slots_[t];
+      stage_(from.kv_c, from.k_pe, layout_, row);
+    }
+    // Zero rows have score 0 and value 0, scales included (0 * NaN would be NaN); positions mask them.
+    const int64_t rest = static_cast<int64_t>(tile.tokens - (end - begin)) * layout_.stride;
+    if (rest > 0) __builtin_memset(row, 0, rest);
+    for (int32_t g = 0; g < tile.tokens / kPage + 2; ++g) {
+      const int32_t in_tile = g < tile.tokens / kPage ? g : 0;
+      tile.key[0].group[g] = scratch_ + in_tile * kPage * layout_.stride;
+      tile.key[1].group[g] = tile.key[0].group[g] + layout_.rope_offset;
+    }
+    tile.key[0].stride = tile.key[1].stride = layout_.stride;
+    tile.key[0].scale = layout_.scale_offset;
+    tile.key[1].scale = layout_.scale_offset + 4 - layout_.rope_offset;
+    return finish(tile);
+  }
+
+  Tile finish(Tile tile) const {
+    tile.key[0].words = layout_.groups[0];
+    tile.key[1].words = layout_.groups[1];
+    tile.value = tile.key[0];
+    return tile;
+  }
+
+  void prefetch_row(const RowAddress& row) const {
+    prefetch_bytes(row.kv_c, cache_.kv_c.token_stride);
+    if (cache_.k_pe.data < cache_.kv_c.data || cache_.k_pe.data >= cache_.kv_c.data + cache_.kv_c.token_stride) {
+      prefetch_bytes(row.k_pe, cache_.k_pe.token_stride);
+    }
+  }
+  static void prefetch_bytes(const std::byte* p, int64_t count) {
+    constexpr int64_t kLongestRow = 4096;
+    for (int64_t i = 0; i < count && i < kLongestRow; i += kCacheLine) __builtin_prefetch(p + i);
+  }
+
+  const CacheView& cache_;
+  Slots slots_;
+  const RowLayout& layout_;
+  StageRow stage_;
+  bool direct_;
+  int64_t row_scale_;
+  std::byte* scratch_;
+};
+
+// Whether rows of `stride` bytes spread over the L1 cache well enough to be read in place by `rows` query rows. Strides that
+// share a large power of two fall into few sets; rows that are not a whole number of cache lines split every load, which
+// pays only while few query rows use it.
+[[maybe_unused]] inline bool spreads(int64_t stride, int32_t rows) {
+  if (stride % kCacheLine != 0) return rows <= 32;
+  int64_t lines = stride / kCacheLine, shared = 1;
+  while (lines % 2 == 0 && shared < 64) {
+    lines /= 2;
+    shared *= 2;
+  }
+  return shared <= 2 || rows < 32;
+}
+
+// Whether tiles of whole pages can be read in place: the pages are neighbours in memory, every row is whole vectors and words
+// of the arithmetic, and the strides suit the cache.
+template <class Simd, class Arithmetic>
+bool suits_direct(const CacheView& cache, int32_t sequence, const RowLayout& layout, int32_t rows) {
+  return Slots(cache, sequence).whole_pages(kPage) && layout.value == layout.latent &&
+         layout.rope % Arithmetic::kGroup == 0 && spreads(cache.kv_c.token_stride, rows);
+}
+
+}  // namespace
+}  // namespace flashmla
