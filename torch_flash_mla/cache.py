@@ -88,7 +88,7 @@ class PagedLatentCache:
 
     Args:
         num_layers: number of pools.
-        latent_dim: L, for all layers or one per layer.
+        latent_dim: L, for all layers or one per layer; None: ``define_layer`` tells, layer by layer.
         rope_dim: R, for all layers or one per layer; 0 is fine.
         dtype: bfloat16, float16 or float32: element type of the rows in ``kv_cache_dtype="auto"``.
         kv_cache_dtype: "auto" or a packed format (``formats.PACKED_FORMATS``; L and R multiples of
@@ -111,8 +111,8 @@ class PagedLatentCache:
     def __init__(
         self,
         num_layers: int,
-        latent_dim: int | Sequence[int],
-        rope_dim: int | Sequence[int],
+        latent_dim: int | Sequence[int] | None,
+        rope_dim: int | Sequence[int] | None,
         *,
         dtype: torch.dtype = torch.bfloat16,
         kv_cache_dtype: str = "auto",
@@ -136,15 +136,28 @@ class PagedLatentCache:
         self.block_size = block_size
         self.max_blocks = None if max_cache_len is None else -(-max_cache_len // block_size)
         self._row_shapes = [
-            (
-                block_size,
-                latent + rope
-                if kv_cache_dtype == "auto"
-                else row_bytes(kv_cache_dtype, latent, rope),
-            )
+            self._row_shape(latent, rope)
             for latent, rope in zip(self.latent_dims, self.rope_dims, strict=True)
         ]
         self._allocate(max_batch)
+
+    def define_layer(self, layer: int, latent_dim: int, rope_dim: int) -> None:
+        """Gives a layer that was made without dims its pool. Before the layer's first ``append``.
+
+        Raises:
+            ValueError: the layer has other dims already.
+        """
+        dims = self.latent_dims[layer], self.rope_dims[layer]
+        if dims == (latent_dim, rope_dim):
+            return
+        if dims != (0, 0):
+            raise ValueError(
+                f"layer {layer}: got L, R = {latent_dim}, {rope_dim}, but it has L, R = {dims}"
+            )
+        self.latent_dims[layer], self.rope_dims[layer] = latent_dim, rope_dim
+        self._row_shapes[layer] = self._row_shape(latent_dim, rope_dim)
+        with torch.inference_mode(False):
+            self._pools[layer] = self._new_pool(self._row_shapes[layer])
 
     # Shape and size
 
@@ -336,6 +349,12 @@ class PagedLatentCache:
         for row in range(max_batch):
             self._write_table(row)
 
+    def _row_shape(self, latent: int, rope: int) -> tuple[int, int]:
+        """Shape of one block; a layer without dims has rows without values."""
+        if self.kv_cache_dtype == "auto" or latent == 0:
+            return self.block_size, latent + rope
+        return self.block_size, row_bytes(self.kv_cache_dtype, latent, rope)
+
     def _new_pool(self, row_shape: tuple[int, int]) -> Tensor:
         return torch.empty(self.allocator.num_blocks, *row_shape, dtype=self._storage_dtype)
 
@@ -408,7 +427,8 @@ class PagedLatentCache:
         if copies:
             mapping = torch.tensor(copies, dtype=torch.int64)
             for pool in self._pools:
-                ops.copy_blocks(pool, mapping)
+                if pool.shape[-1]:
+                    ops.copy_blocks(pool, mapping)
 
     def _blocks_of(self, length: int) -> int:
         return -(-length // self.block_size)
@@ -456,7 +476,9 @@ class PagedLatentCache:
             self.cache_seqlens[list(rows)] = torch.tensor(list(rows.values()), dtype=torch.int32)
 
 
-def _per_layer(name: str, value: int | Sequence[int], num_layers: int) -> list[int]:
+def _per_layer(name: str, value: int | Sequence[int] | None, num_layers: int) -> list[int]:
+    if value is None:
+        return [0] * num_layers
     values = [value] * num_layers if isinstance(value, int) else list(value)
     if len(values) != num_layers:
         raise ValueError(f"{name}: got {len(values)} values for {num_layers} layers")
