@@ -1,0 +1,157 @@
+"""Small models of every MLA family of the installed transformers, found by what their code contains.
+
+A family is a modeling file that defines ``expand_kv``. Its config is shrunk by the names that such configs
+share; the few things a family needs beyond that (layer patterns, a vision part) are in ``_SPECIAL``. The
+structure stays real: sparse layers select fewer keys than there are, sliding windows slide, dims differ.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "ffn_hidden_size": 64,
+    "moe_intermediate_size": 32,
+    "expert_ffn_hidden_size": 32,
+    "shared_experts_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "num_local_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_topk": 2,
+    "zero_expert_num": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 48,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 48,
+    "index_topk": 8,
+    "index_head_dim": 32,
+    "index_n_heads": 2,
+    "linear_head_dim": 16,
+    "linear_num_heads": 4,
+    "hc_mult": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,
+    "embedding_initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+
+_SPECIAL: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"layer_group_size": 2, "head_dim": 16},
+    "dots3_note": {
+        "layer_types": ["indexed_attention", "sliding_attention"],
+        "sliding_window": 8,
+        "head_dim": 64,
+        "swa_num_attention_heads": 2,
+        "swa_num_key_value_heads": 2,
+        "swa_q_lora_rank": 48,
+        "swa_kv_lora_rank": 96,
+        "swa_head_dim": 48,
+        "swa_qk_nope_head_dim": 16,
+        "swa_v_head_dim": 32,
+    },
+    "glm5_next": {
+        "layer_types": ["linear_attention", "indexed_attention", "indexed_attention"],
+        "mlp_layer_types": ["dense", "sparse", "dense"],
+        "indexer_types": ["full", "full", "shared"],
+        "num_hidden_layers": 3,
+        "qk_rope_head_dim": 0,
+        "index_kpool": 2,
+    },
+    "hy_v4": {"indexer_types": ["full", "shared"], "head_dim": 64, "learnable_sink_init": 0.5},
+    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"], "q_lora_rank": None},
+    "mistral_large4": {
+        "num_hidden_layers": 4,
+        "no_rope_layers": [1, 0, 1, 0],
+        "kv_source_layers": [0, 1, 0, 1],
+        "indexer_types": ["full", "full", "full", "shared"],
+    },
+    "longcat_flash": {"head_dim": 32},
+    "minicpm3": {"num_attention_heads": 5, "num_key_value_heads": 5, "hidden_size": 80},
+}
+
+_VISION: dict[str, dict[str, Any]] = {
+    "glm5_next": {
+        "depth": 1,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "image_size": 28,
+        "out_hidden_size": 64,
+        "intermediate_size": 32,
+        "projection_intermediate_size": 32,
+    },
+    "mistral_large4": {
+        "model_type": "pixtral",
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    },
+}
+
+
+@functools.cache
+def families() -> tuple[str, ...]:
+    """Names of the model folders whose modeling file defines ``expand_kv``."""
+    root = Path(transformers.__file__).parent / "models"
+    files = root.glob("*/modeling_*.py")
+    return tuple(sorted(f.parent.name for f in files if "def expand_kv" in f.read_text(encoding="utf-8")))
+
+
+def model_class(family: str) -> type[transformers.PreTrainedModel]:
+    """The class with ``generate``: a causal model where there is one, else the multimodal one."""
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    for suffix in ("ForCausalLM", "ForConditionalGeneration"):
+        for name, cls in vars(module).items():
+            if name.endswith(suffix) and cls.__module__ == module.__name__:
+                return cls
+    raise LookupError(f"{family} has no model that generates")
+
+
+def small_config(family: str, **overrides: Any) -> transformers.PreTrainedConfig:
+    """A config of two to four small layers; ``overrides`` go to its text part."""
+    config_class = model_class(family).config_class
+    text_class = config_class
+    nested = "text_config" in {field.name for field in dataclasses.fields(config_class)}
+    if nested:
+        configs = vars(importlib.import_module(config_class.__module__))
+        text_class = next(cls for name, cls in configs.items() if name.endswith("TextConfig"))
+    fields = {field.name for field in dataclasses.fields(text_class)}
+    values = {name: value for name, value in _SMALL.items() if name in fields}
+    values |= _SPECIAL.get(family, {})
+    values |= overrides
+    if not nested:
+        return text_class(**values)
+    return config_class(text_config=text_class(**values).to_dict(), vision_config=_VISION[family])
+
+
+def small_model(family: str, seed: int = 0, **overrides: Any) -> transformers.PreTrainedModel:
+    """A float32 model with random weights large enough for attention to matter (initializer_range 0.3)."""
+    torch.manual_seed(seed)
+    return model_class(family)(small_config(family, **overrides)).eval()
+
+
+def mla_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if hasattr(type(module), "expand_kv")]
