@@ -93,9 +93,11 @@ def build_kernels() -> None:
         f"-DFLASHMLA_WERROR={os.environ.get('FLASHMLA_WERROR', '0')}",
         f"-DFLASHMLA_SANITIZE={os.environ.get('FLASHMLA_SANITIZE', '')}",
     ]  # fmt: skip
-    # CXX rather than CMAKE_CXX_COMPILER: it may hold several words ("python -m ziglang c++").
-    subprocess.run(configure, check=True, env={**os.environ, "CXX": compiler})
-    subprocess.run([tool("cmake"), "--build", str(KERNEL_BUILD), "--parallel", jobs()], check=True)
+    build = [tool("cmake"), "--build", str(KERNEL_BUILD), "--parallel", jobs()]
+    for command in (configure, build):
+        # CXX rather than CMAKE_CXX_COMPILER: it may hold several words ("python -m ziglang c++").
+        if subprocess.run(command, env={**os.environ, "CXX": compiler}).returncode != 0:
+            raise SystemExit("torch_flash_mla: compiling the kernels failed, see above")
 
 
 def operator_library():
@@ -153,7 +155,10 @@ else:
             with (ROOT / "build" / "lock").open("w") as lock:  # two builds of one tree would mix their objects
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 build_kernels()
-                super().run()
+                try:
+                    super().run()
+                except RuntimeError as error:
+                    raise SystemExit(f"torch_flash_mla: compiling the operators failed: {error}") from None
 
     extensions = [operator_library()]
 

@@ -128,7 +128,7 @@ Attention check_attention(const AttentionArguments& a, const Queries& queries, i
     p.mask_type = mask_type(a.attn_mask->scalar_type());
     const Tensor mask = check_mask(*a.attn_mask, p, attention.sequences.longest);
     for (int d = 0; d < 3; ++d)
-      p.mask_stride[d] = mask.size(d) == 1 ? 0 : mask.stride(d) * mask.itemsize();
+      p.mask_stride[d] = mask.size(d) == 1 ? 0 : mask.stride(d) * item_bytes(mask);
     p.mask = bytes(mask);
     attention.attn_mask = mask;
   }

@@ -57,7 +57,8 @@ PagedRows paged_rows(const Tensor& t, const char* name, int64_t width, const cha
   TORCH_CHECK_VALUE(t.size(-1) == width, name, ": rows of ", t.size(-1), ", expected ", width, " (",
                     what, ")");
   check_rows_contiguous(t, name);
-  return {const_cast<std::byte*>(bytes(t)), t.stride(0) * t.itemsize(), t.stride(1) * t.itemsize()};
+  return {const_cast<std::byte*>(bytes(t)), t.stride(0) * item_bytes(t),
+          t.stride(1) * item_bytes(t)};
 }
 
 }  // namespace
@@ -91,7 +92,7 @@ Cache check_cache(const Tensor& kv_cache, const OptionalTensor& k_pe_cache,
   } else {
     view.kv_c = paged_rows(kv_cache, "kv_cache", latent + rope, "latent and rope part");
     view.k_pe = view.kv_c;
-    view.k_pe.data += rope > 0 ? latent * kv_cache.itemsize() : 0;
+    view.k_pe.data += rope > 0 ? latent * item_bytes(kv_cache) : 0;
   }
   TORCH_CHECK_VALUE(kv_cache.size(1) >= 1, "kv_cache: block_size 0, expected at least 1");
   view.block_size = check_int32(kv_cache.size(1), "kv_cache.size(1), the block size");

@@ -11,6 +11,8 @@
 
 namespace flashmla {
 
+inline int64_t item_bytes(const at::Tensor& t) { return static_cast<int64_t>(t.itemsize()); }
+
 // A strided CPU tensor whose storage holds all of it.
 inline void check_tensor(const at::Tensor& t, const char* name) {
   TORCH_CHECK(t.defined(), name, ": undefined tensor");
@@ -19,7 +21,7 @@ inline void check_tensor(const at::Tensor& t, const char* name) {
   if (t.numel() == 0) return;
   int64_t last = t.storage_offset();
   for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
-  TORCH_CHECK((last + 1) * t.itemsize() <= static_cast<int64_t>(t.storage().nbytes()), name,
+  TORCH_CHECK((last + 1) * item_bytes(t) <= static_cast<int64_t>(t.storage().nbytes()), name,
               ": shape ", t.sizes(), " and strides ", t.strides(), " reach outside its storage of ",
               t.storage().nbytes(), " bytes");
 }
@@ -93,7 +95,7 @@ inline const std::byte* bytes(const at::Tensor& t) {
 
 // [B, Sq, H, width] as the kernels take it. They write through `out` tensors only.
 inline QueryRows query_rows(const at::Tensor& t) {
-  const int64_t item = t.itemsize();
+  const int64_t item = item_bytes(t);
   return {const_cast<std::byte*>(bytes(t)),
           {t.stride(0) * item, t.stride(1) * item, t.stride(2) * item}};
 }

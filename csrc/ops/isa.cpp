@@ -18,9 +18,12 @@ std::vector<std::string> isas() {
 }
 
 void set_isa(std::string_view name) {
-  TORCH_CHECK_VALUE(force_isa(std::string(name).c_str()), "name: \"", name,
-                    "\" is not an instruction set this machine and build can run; expected one of ",
-                    isas());
+  if (force_isa(std::string(name).c_str())) return;
+  std::string available;
+  for (const std::string& known : isas()) available += (available.empty() ? "" : ", ") + known;
+  TORCH_CHECK_VALUE(false, "name: \"", name,
+                    "\" is no instruction set that this build and machine can run, expected ",
+                    available);
 }
 
 }  // namespace flashmla

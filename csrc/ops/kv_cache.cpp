@@ -54,9 +54,9 @@ void concat_and_cache_mla(const Tensor& kv_c, const Tensor& k_pe, const Tensor& 
   if (k_pe_cache.has_value()) check_cache_writable(*k_pe_cache, "k_pe_cache");
   if (p.tokens == 0) return;
   p.kv_c = bytes(latent);
-  p.kv_c_stride = latent.stride(0) * latent.itemsize();
+  p.kv_c_stride = latent.stride(0) * item_bytes(latent);
   p.k_pe = bytes(rope);
-  p.k_pe_stride = rope.stride(0) * rope.itemsize();
+  p.k_pe_stride = rope.stride(0) * item_bytes(rope);
   p.cache = cache.view;
   append(p, torch_executor());
 }
