@@ -45,6 +45,16 @@ TORCH_LIBRARY(flashmla, m) {
       "merge_attn_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, "
       "Tensor? attn_sink=None) -> (Tensor out, Tensor lse)");
 
+  // Gradients of both attention operators, in the order q, kv_cache, w_kv_b, attn_sink, q_pe,
+  // k_pe_cache; those that `needs` leaves out are empty. Implemented by
+  // torch_flash_mla/_autograd.py.
+  m.def(
+      "_mla_attention_backward(Tensor? grad_out, Tensor? grad_lse, Tensor q, Tensor kv_cache, "
+      "Tensor? block_table, Tensor cache_seqlens, Tensor? w_kv_b, int head_dim_v, "
+      "float softmax_scale, bool causal, Tensor? attn_mask, Tensor? cache_leftpad, "
+      "Tensor? attn_sink, Tensor? q_pe, Tensor? k_pe_cache, int window, str kv_cache_dtype, "
+      "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+
   // For tests and reports: the instruction set in use, those this machine can run, forcing one (""
   // is the best), and the scratch memory held by all threads.
   m.def("_isa() -> str", &flashmla::isa);

@@ -1,0 +1,281 @@
+"""Gradients of the attention operators, by recomputing the attention with ATen in float32.
+
+The backward pass is an operator of its own: it reads lengths and walks the sequences one by one,
+which a traced graph could not, and keeps at most a bounded block of probabilities at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_flash_mla import ops
+
+# Probabilities held at once: 64 MiB of float32.
+_MAX_PROBABILITIES = 1 << 24
+
+
+def _backward(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor | None,
+    cache_seqlens: Tensor,
+    w_kv_b: Tensor | None,
+    head_dim_v: int,
+    softmax_scale: float,
+    causal: bool,
+    attn_mask: Tensor | None,
+    cache_leftpad: Tensor | None,
+    attn_sink: Tensor | None,
+    q_pe: Tensor | None,
+    k_pe_cache: Tensor | None,
+    window: int,
+    kv_cache_dtype: str,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """See :func:`torch_flash_mla.ops.mla_attention_backward`."""
+    _, q_len, heads, _ = q.shape
+    # Queries split in two parts [.., main | rope]; main is the latent query, or what W_UK makes it from.
+    main = head_dim_v if w_kv_b is None else w_kv_b.shape[1] - head_dim_v
+    latent = head_dim_v if w_kv_b is None else w_kv_b.shape[2]
+    rope = q.shape[3] - main if q_pe is None else q_pe.shape[3]
+    w_uk = w_uv = None
+    if w_kv_b is not None:
+        w_uk, w_uv = w_kv_b.float().split([main, head_dim_v], dim=1)
+
+    need_q, need_cache, need_w, need_sink, need_q_pe, need_k_pe = needs
+    grad_q = q.new_zeros(q.shape) if need_q else None
+    grad_q_pe = q_pe.new_zeros(q_pe.shape) if need_q_pe and q_pe is not None else None
+    grad_w = torch.zeros(w_kv_b.shape) if need_w and w_kv_b is not None else None
+    grad_sink = torch.zeros(heads) if need_sink and attn_sink is not None else None
+    grad_cache = torch.zeros(kv_cache.shape) if need_cache else None
+    grad_k_pe = torch.zeros(k_pe_cache.shape) if need_k_pe and k_pe_cache is not None else None
+    sink = None if attn_sink is None else attn_sink.float()
+
+    for b, length in enumerate(cache_seqlens.tolist()):
+        if length == 0:
+            continue
+        keys = _keys(kv_cache, k_pe_cache, block_table, cache_seqlens, b, latent, rope, kv_cache_dtype)
+        grad_keys = torch.zeros_like(keys) if need_cache or need_k_pe else None
+        leftpad = 0 if cache_leftpad is None else int(cache_leftpad[b])
+        chunk = max(1, _MAX_PROBABILITIES // max(1, heads * length))
+        for begin in range(0, q_len, chunk):
+            tokens = slice(begin, min(begin + chunk, q_len))
+            bias = _bias(b, tokens, q_len, length, causal, window, leftpad, attn_mask)
+            q_main = q[b, tokens, :, :main].float()
+            q_rope = (q[b, tokens, :, main:] if q_pe is None else q_pe[b, tokens]).float()
+            q_latent = q_main if w_uk is None else torch.einsum("shp,hpl->shl", q_main, w_uk)
+            shape = (q_main.shape[0], heads)
+            g_out = torch.zeros(*shape, head_dim_v) if grad_out is None else grad_out[b, tokens].float()
+            g_lse = torch.zeros(shape) if grad_lse is None else grad_lse[b, :, tokens].float().T
+            g_latent = g_out if w_uv is None else torch.einsum("shv,hvl->shl", g_out, w_uv)
+            out, g_q, g_k, g_sink = _attention_gradients(
+                torch.cat([q_latent, q_rope], dim=-1),
+                keys,
+                latent,
+                softmax_scale,
+                bias,
+                sink,
+                g_latent,
+                g_lse,
+            )
+            g_main, g_rope = g_q.split([latent, rope], dim=-1)
+            if grad_w is not None:
+                grad_w[:, :main] += torch.einsum("shp,shl->hpl", q_main, g_main)
+                grad_w[:, main:] += torch.einsum("shv,shl->hvl", g_out, out)
+            if grad_q is not None:
+                if w_uk is not None:
+                    g_main = torch.einsum("shl,hpl->shp", g_main, w_uk)
+                grad_q[b, tokens, :, :main] = g_main.to(q.dtype)
+                if q_pe is None:
+                    grad_q[b, tokens, :, main:] = g_rope.to(q.dtype)
+            if grad_q_pe is not None:
+                grad_q_pe[b, tokens] = g_rope.to(q.dtype)
+            if grad_sink is not None:
+                grad_sink += g_sink
+            if grad_keys is not None:
+                grad_keys += g_k
+        if grad_keys is not None:
+            block, offset = _positions(kv_cache, block_table, b, length)
+            width = latent if k_pe_cache is not None else latent + rope
+            if grad_cache is not None:  # sequences may share blocks
+                rows = grad_keys[:, :width].reshape(length, *kv_cache.shape[2:])
+                grad_cache.index_put_((block, offset), rows, accumulate=True)
+            if grad_k_pe is not None and k_pe_cache is not None:
+                rows = grad_keys[:, latent:].reshape(length, *k_pe_cache.shape[2:])
+                grad_k_pe.index_put_((block, offset), rows, accumulate=True)
+
+    results = (
+        (grad_q, q),
+        (grad_cache, kv_cache),
+        (grad_w, w_kv_b),
+        (grad_sink, attn_sink),
+        (grad_q_pe, q_pe),
+        (grad_k_pe, k_pe_cache),
+    )
+    return tuple(
+        q.new_empty(0) if grad is None or like is None else grad.to(like.dtype)
+        for grad, like in results
+    )
+
+
+def _positions(
+    kv_cache: Tensor, block_table: Tensor | None, b: int, length: int
+) -> tuple[Tensor, Tensor]:
+    """Block and offset of each token of sequence ``b``."""
+    position = torch.arange(length)
+    if block_table is None:
+        return torch.full_like(position, b), position
+    block_size = kv_cache.shape[1]
+    return block_table[b].long()[position // block_size], position % block_size
+
+
+def _keys(
+    kv_cache: Tensor,
+    k_pe_cache: Tensor | None,
+    block_table: Tensor | None,
+    cache_seqlens: Tensor,
+    b: int,
+    latent: int,
+    rope: int,
+    kv_cache_dtype: str,
+) -> Tensor:
+    """float32 [length, L + R]: the dequantised rows of sequence ``b``."""
+    length = int(cache_seqlens[b])
+    if kv_cache.dtype == torch.uint8:
+        return ops.gather_cache(
+            kv_cache if block_table is not None else kv_cache[b : b + 1],
+            None if block_table is None else block_table[b : b + 1],
+            cache_seqlens[b : b + 1],
+            latent,
+            latent + rope,
+            torch.float32,
+            kv_cache_dtype,
+            length,
+        )[0]
+    at = _positions(kv_cache, block_table, b, length)
+    parts = [cache[at].reshape(length, -1) for cache in (kv_cache, k_pe_cache) if cache is not None]
+    return torch.cat(parts, dim=-1).float()
+
+
+def _bias(
+    b: int,
+    tokens: slice,
+    q_len: int,
+    length: int,
+    causal: bool,
+    window: int,
+    leftpad: int,
+    attn_mask: Tensor | None,
+) -> Tensor:
+    """float32 [tokens, H or 1, length]: what is added to the logits; minus infinity hides a key."""
+    position = torch.arange(length)
+    last = torch.full((tokens.stop - tokens.start, 1), length)
+    if causal:
+        last = torch.arange(tokens.start, tokens.stop).unsqueeze(1) + length - q_len + 1
+    keep = (position < last) & (position >= leftpad)
+    if window > 0:
+        keep &= position >= last - window
+    bias = torch.zeros(keep.shape).masked_fill(~keep, -torch.inf).unsqueeze(1)
+    if attn_mask is None:
+        return bias
+    mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+    mask = mask[b if mask.shape[0] > 1 else 0]
+    mask = mask[:, tokens if mask.shape[1] > 1 else slice(None), :length].transpose(0, 1)
+    if mask.dtype == torch.bool:
+        return bias.masked_fill(~mask, -torch.inf)
+    lowest = torch.finfo(mask.dtype).min
+    return bias + mask.float().masked_fill(mask <= lowest, -torch.inf)
+
+
+def _attention_gradients(
+    q: Tensor,
+    keys: Tensor,
+    latent: int,
+    scale: float,
+    bias: Tensor,
+    sink: Tensor | None,
+    grad_out: Tensor,
+    grad_lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The result and the gradients of attention for some queries of one sequence, all float32.
+
+    Args:
+        q: [s, H, D].
+        keys: [n, D]; the first ``latent`` columns are the values.
+        bias: [s, H or 1, n].
+        sink: [H] or None.
+        grad_out: [s, H, latent].
+        grad_lse: [s, H].
+
+    Returns:
+        out [s, H, latent] and the gradients of q, keys and sink.
+    """
+    hidden = bias == -torch.inf
+    keys = keys.masked_fill(hidden.all(dim=(0, 1)).unsqueeze(1), 0)  # may hold anything, NaN too
+    values = keys[:, :latent]
+    logits = (q @ keys.T).mul_(scale).add_(bias).masked_fill_(hidden, -torch.inf)
+    lse = logits.logsumexp(dim=-1, keepdim=True)
+    total = lse if sink is None else torch.logaddexp(lse, sink[:, None])
+    p = (logits - total.masked_fill(lse == -torch.inf, 0)).exp()  # a query without keys: all 0
+    out = p @ values
+    delta = (grad_out * out).sum(dim=-1, keepdim=True)
+    grad_logits = (grad_out @ values.T).sub_(delta).mul_(p)
+    share = (logits - lse.masked_fill(lse == -torch.inf, 0)).exp()  # the softmax without the sink
+    grad_logits += share * grad_lse.unsqueeze(-1).masked_fill(lse == -torch.inf, 0)
+    grad_q = (grad_logits @ keys).mul_(scale)
+    grad_keys = torch.einsum("shn,shd->nd", grad_logits, q).mul_(scale)
+    grad_keys[:, :latent] += torch.einsum("shn,shl->nl", p, grad_out)
+    grad_sink = None
+    if sink is not None:
+        grad_sink = -((sink[:, None] - total).exp() * delta).sum(dim=(0, 2))
+    return out, grad_q, grad_keys, grad_sink
+
+
+torch.library.impl("flashmla::_mla_attention_backward", "cpu", _backward)
+
+
+# Inputs of the two operators in the order of their schemas; those that have gradients, in the order
+# that the backward operator returns them.
+_ATTENTION = (
+    "q kv_cache block_table cache_seqlens head_dim_v softmax_scale causal attn_mask cache_leftpad "
+    "indices topk_length attn_sink q_pe k_pe_cache window kv_cache_dtype cu_seqlens_q"
+).split()
+_ATTENTION_KV_B = [*_ATTENTION[:4], "w_kv_b", *_ATTENTION[4:], "form"]
+_DIFFERENTIABLE = ("q", "kv_cache", "w_kv_b", "attn_sink", "q_pe", "k_pe_cache")
+_TENSORS = (*_DIFFERENTIABLE, "block_table", "cache_seqlens", "attn_mask", "cache_leftpad")
+_SETTINGS = ("head_dim_v", "softmax_scale", "causal", "window", "kv_cache_dtype")
+
+
+def _register(name: str, arguments: list[str]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        given = dict(zip(arguments, inputs, strict=True))
+        mask = given["attn_mask"]
+        if mask is not None and mask.requires_grad:
+            raise RuntimeError(
+                "attn_mask: requires grad, but the operator has no gradient for it; pass "
+                "attn_mask.detach()"
+            )
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*(given.get(tensor) for tensor in _TENSORS))
+        ctx.settings = {setting: given[setting] for setting in _SETTINGS}
+
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        needed = dict(zip(arguments, ctx.needs_input_grad, strict=True))
+        needs = [needed.get(argument, False) for argument in _DIFFERENTIABLE]
+        saved = dict(zip(_TENSORS, ctx.saved_tensors, strict=True))
+        gradients = ops.mla_attention_backward(
+            grad_out, grad_lse, **saved, **ctx.settings, needs=needs
+        )
+        found = dict(zip(_DIFFERENTIABLE, gradients, strict=True))
+        return tuple(found[name] if needed[name] and name in found else None for name in arguments)
+
+    torch.library.register_autograd(f"flashmla::{name}", backward, setup_context=setup_context)
+
+
+_register("mla_attention", _ATTENTION)
+_register("mla_attention_kv_b", _ATTENTION_KV_B)

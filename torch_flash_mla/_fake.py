@@ -1,0 +1,135 @@
+"""Shapes and dtypes of the operators' results without data, for torch.compile and torch.export.
+
+Shapes may be symbolic: nothing here branches on a size. ``csrc/ops/library.cpp`` names this module
+as the one that completes the operators, so gradients are registered from here too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torch_flash_mla import _autograd  # noqa: F401
+
+
+@torch.library.register_fake("flashmla::mla_attention")
+def _mla_attention(
+    q: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor | None,
+    cache_seqlens: Tensor,
+    head_dim_v: int,
+    softmax_scale: float,
+    causal: bool = False,
+    attn_mask: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    indices: Tensor | None = None,
+    topk_length: Tensor | None = None,
+    attn_sink: Tensor | None = None,
+    q_pe: Tensor | None = None,
+    k_pe_cache: Tensor | None = None,
+    window: int = 0,
+    kv_cache_dtype: str = "auto",
+    cu_seqlens_q: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    return _attention_results(q, head_dim_v)
+
+
+@torch.library.register_fake("flashmla::mla_attention_kv_b")
+def _mla_attention_kv_b(
+    q: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor | None,
+    cache_seqlens: Tensor,
+    w_kv_b: Tensor,
+    head_dim_v: int,
+    softmax_scale: float,
+    causal: bool = False,
+    attn_mask: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    indices: Tensor | None = None,
+    topk_length: Tensor | None = None,
+    attn_sink: Tensor | None = None,
+    q_pe: Tensor | None = None,
+    k_pe_cache: Tensor | None = None,
+    window: int = 0,
+    kv_cache_dtype: str = "auto",
+    cu_seqlens_q: Tensor | None = None,
+    form: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    return _attention_results(q, head_dim_v)
+
+
+def _attention_results(q: Tensor, head_dim_v: int) -> tuple[Tensor, Tensor]:
+    batch, q_len, heads, _ = q.shape
+    out = q.new_empty(batch, q_len, heads, head_dim_v)
+    return out, q.new_empty(batch, heads, q_len, dtype=torch.float32)
+
+
+@torch.library.register_fake("flashmla::concat_and_cache_mla")
+def _concat_and_cache_mla(
+    kv_c: Tensor,
+    k_pe: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    kv_cache_dtype: str = "auto",
+    k_pe_cache: Tensor | None = None,
+) -> None:
+    return None
+
+
+@torch.library.register_fake("flashmla::gather_cache")
+def _gather_cache(
+    kv_cache: Tensor,
+    block_table: Tensor | None,
+    cache_seqlens: Tensor,
+    head_dim_v: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    kv_cache_dtype: str = "auto",
+    max_seqlen: int | None = None,
+) -> Tensor:
+    if max_seqlen is None:
+        blocks = 1 if block_table is None else block_table.shape[1]
+        max_seqlen = blocks * kv_cache.shape[1]
+    return kv_cache.new_empty(cache_seqlens.shape[0], max_seqlen, head_dim, dtype=dtype)
+
+
+@torch.library.register_fake("flashmla::copy_blocks")
+def _copy_blocks(kv_cache: Tensor, block_mapping: Tensor) -> None:
+    return None
+
+
+@torch.library.register_fake("flashmla::merge_attn_states")
+def _merge_attn_states(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, attn_sink: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
+
+
+@torch.library.register_fake("flashmla::_mla_attention_backward")
+def _mla_attention_backward(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor | None,
+    cache_seqlens: Tensor,
+    w_kv_b: Tensor | None,
+    head_dim_v: int,
+    softmax_scale: float,
+    causal: bool,
+    attn_mask: Tensor | None,
+    cache_leftpad: Tensor | None,
+    attn_sink: Tensor | None,
+    q_pe: Tensor | None,
+    k_pe_cache: Tensor | None,
+    window: int,
+    kv_cache_dtype: str,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    inputs = (q, kv_cache, w_kv_b, attn_sink, q_pe, k_pe_cache)
+    return tuple(
+        q.new_empty(0) if x is None or not needed else x.new_empty(x.shape)
+        for x, needed in zip(inputs, needs, strict=True)
+    )

@@ -1,0 +1,324 @@
+"""The operators as typed functions. This is the one file that names ``torch.ops.flashmla``.
+
+All functions work in eager mode, under ``torch.compile``, ``torch.export`` and ``torch.jit.script``.
+They take CPU tensors, check every argument before anything is written, and raise ``ValueError``,
+``TypeError`` (a dtype), ``IndexError`` (a block id or slot) or ``NotImplementedError`` with a
+message that names the argument, what came and what was expected.
+
+Notation: B sequences, Sq query tokens each, H heads, L = kv_lora_rank, R = qk_rope_head_dim,
+P = qk_nope_head_dim, V = v_head_dim, D = L + R. :mod:`torch_flash_mla.reference` states the same
+functions in readable float64; docs/cache_formats.md documents the bytes of the cache.
+"""
+
+import torch
+from torch import Tensor
+
+
+def mla_attention(
+    q: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor | None,
+    cache_seqlens: Tensor,
+    head_dim_v: int,
+    softmax_scale: float,
+    causal: bool = False,
+    attn_mask: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    indices: Tensor | None = None,
+    topk_length: Tensor | None = None,
+    attn_sink: Tensor | None = None,
+    q_pe: Tensor | None = None,
+    k_pe_cache: Tensor | None = None,
+    window: int = 0,
+    kv_cache_dtype: str = "auto",
+    cu_seqlens_q: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of absorbed queries against the latent cache.
+
+    Keys are rows [latent | rope] of the cache, values the first ``head_dim_v`` = L columns of the
+    same rows (DeepSeek-V2, arXiv:2405.04434, section 2.1, with W_UK and W_UV absorbed into query and
+    output projection). Names follow FlashMLA and vLLM.
+
+    Differentiable in q, q_pe, attn_sink and a float kv_cache or k_pe_cache (recomputed in float32),
+    through out and lse; not in attn_mask.
+
+    Args:
+        q: [B, Sq, H, D] in the order [latent | rope], or [B, Sq, H, L] with ``q_pe``. bfloat16,
+            float16 or float32; the last dimension contiguous, other strides free.
+        kv_cache: [num_blocks, block_size, D] or [num_blocks, block_size, 1, D]; uint8 rows of a
+            packed format; or rows of L with ``k_pe_cache``. Strides of blocks and tokens are free.
+        block_table: int32 [B, max_blocks], the blocks of each sequence. Entries behind
+            ceil(length / block_size) are never read. None: block i is sequence i.
+        cache_seqlens: int32 [B], keys of each sequence, those of the new tokens included. 0 and
+            lengths below Sq are fine.
+        head_dim_v: L.
+        softmax_scale: any finite factor of the logits, usually (P + R) ** -0.5.
+        causal: query s sees the keys before position length - Sq + s + 1 (bottom-right aligned).
+        attn_mask: bool (True: keep) or bfloat16, float16, float32 (added to the logits), dimensions
+            broadcastable to [B, H, Sq, S] with S >= max(cache_seqlens); column j is cache position
+            j. Float values at or below the lowest of their dtype count as minus infinity.
+        cache_leftpad: int32 [B], keys at the start of each sequence that nobody sees.
+        indices, topk_length: sparse attention, not implemented yet.
+        attn_sink: float32 [H], a logit that joins the softmax sum and has no value.
+        q_pe: [B, Sq, H, R], dtype of ``q``.
+        k_pe_cache: [num_blocks, block_size, R], dtype of ``kv_cache`` (float formats only).
+        window: above 0: the last ``window`` of the keys that length and ``causal`` leave.
+        kv_cache_dtype: "auto" (the float dtype of ``kv_cache``) or the name of a format.
+        cu_seqlens_q: queries of ragged length, not implemented yet.
+
+    Returns:
+        out: [B, Sq, H, L], dtype of ``q``. A query that sees no key gets 0.
+        lse: float32 [B, H, Sq], natural log of the softmax sum without the sink; minus infinity for
+            a query that sees no key.
+    """
+    return torch.ops.flashmla.mla_attention(
+        q,
+        kv_cache,
+        block_table,
+        cache_seqlens,
+        head_dim_v,
+        softmax_scale,
+        causal,
+        attn_mask,
+        cache_leftpad,
+        indices,
+        topk_length,
+        attn_sink,
+        q_pe,
+        k_pe_cache,
+        window,
+        kv_cache_dtype,
+        cu_seqlens_q,
+    )
+
+
+def mla_attention_kv_b(
+    q: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor | None,
+    cache_seqlens: Tensor,
+    w_kv_b: Tensor,
+    head_dim_v: int,
+    softmax_scale: float,
+    causal: bool = False,
+    attn_mask: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    indices: Tensor | None = None,
+    topk_length: Tensor | None = None,
+    attn_sink: Tensor | None = None,
+    q_pe: Tensor | None = None,
+    k_pe_cache: Tensor | None = None,
+    window: int = 0,
+    kv_cache_dtype: str = "auto",
+    cu_seqlens_q: Tensor | None = None,
+    form: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attention of queries as the model makes them; values come out as the model wants them.
+
+    Chooses between the two forms of the same attention: absorbed (queries are projected into the
+    latent space) and expanded (keys and values are made from the latent).
+
+    Differentiable like :func:`mla_attention`, and in w_kv_b.
+
+    Args:
+        q: [B, Sq, H, P + R], or [B, Sq, H, P] with ``q_pe`` [B, Sq, H, R].
+        w_kv_b: [H, P + V, L], dtype of ``q``: ``kv_b_proj.weight.view(H, P + V, L)``, per head the
+            rows that make keys, then those that make values.
+        head_dim_v: V.
+        form: "auto", "absorbed" or "expanded". For now "auto" is the absorbed form and "expanded"
+            raises NotImplementedError.
+
+    The other arguments are those of :func:`mla_attention`.
+
+    Returns:
+        out: [B, Sq, H, V], dtype of ``q``.
+        lse: float32 [B, H, Sq].
+    """
+    return torch.ops.flashmla.mla_attention_kv_b(
+        q,
+        kv_cache,
+        block_table,
+        cache_seqlens,
+        w_kv_b,
+        head_dim_v,
+        softmax_scale,
+        causal,
+        attn_mask,
+        cache_leftpad,
+        indices,
+        topk_length,
+        attn_sink,
+        q_pe,
+        k_pe_cache,
+        window,
+        kv_cache_dtype,
+        cu_seqlens_q,
+        form,
+    )
+
+
+def concat_and_cache_mla(
+    kv_c: Tensor,
+    k_pe: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    kv_cache_dtype: str = "auto",
+    k_pe_cache: Tensor | None = None,
+) -> None:
+    """Writes tokens into the cache, in its format. ``kv_cache`` (and ``k_pe_cache``) are mutated.
+
+    Not differentiable: gradients reach a cache through attention, but do not flow back from the
+    cache into ``kv_c`` and ``k_pe``. Autograd sees the mutation and refuses stale backward passes.
+
+    Args:
+        kv_c: [.., L], the normed latent of each token; leading dimensions are flattened.
+        k_pe: [.., R], the rotated key of each token, dtype of ``kv_c``; dimensions of size 1 between
+            (as in [T, 1, R]) do not matter. Float dtypes, converted to the cache's.
+        kv_cache: as in :func:`mla_attention`.
+        slot_mapping: int64, one per token: slot = block * block_size + offset, -1 skips the token.
+            Of tokens with the same slot any one may win.
+        kv_cache_dtype: "auto" or the name of a format.
+        k_pe_cache: takes the rope part, in the two-tensor form.
+    """
+    torch.ops.flashmla.concat_and_cache_mla(
+        kv_c, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_pe_cache
+    )
+
+
+def gather_cache(
+    kv_cache: Tensor,
+    block_table: Tensor | None,
+    cache_seqlens: Tensor,
+    head_dim_v: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    kv_cache_dtype: str = "auto",
+    max_seqlen: int | None = None,
+) -> Tensor:
+    """Reads the rows of each sequence back, dequantised and in order.
+
+    Args:
+        kv_cache, block_table, cache_seqlens, kv_cache_dtype: as in :func:`mla_attention`.
+        head_dim_v: L.
+        head_dim: D.
+        dtype: float dtype of the result.
+        max_seqlen: N, rows per sequence; longer sequences are cut. None: max_blocks * block_size,
+            without a block table block_size.
+
+    Returns:
+        [B, N, D], zero beyond each length.
+    """
+    return torch.ops.flashmla.gather_cache(
+        kv_cache,
+        block_table,
+        cache_seqlens,
+        head_dim_v,
+        head_dim,
+        dtype,
+        kv_cache_dtype,
+        max_seqlen,
+    )
+
+
+def copy_blocks(kv_cache: Tensor, block_mapping: Tensor) -> None:
+    """Copies blocks inside one cache of any dtype. ``kv_cache`` is mutated.
+
+    Args:
+        kv_cache: [num_blocks, ...].
+        block_mapping: int64 [pairs, 2], (source, target). No block may be the target of two copies,
+            or both a source and a target.
+    """
+    torch.ops.flashmla.copy_blocks(kv_cache, block_mapping)
+
+
+def merge_attn_states(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, attn_sink: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention over two sets of keys from the results over each (arXiv:2501.01005, section 2.2).
+
+    Args:
+        out_a, out_b: [B, Sq, H, width], one float dtype, computed without a sink.
+        lse_a, lse_b: float32 [B, H, Sq].
+        attn_sink: float32 [H], joins here.
+
+    Returns:
+        out: [B, Sq, H, width]; 0 where both parts are empty.
+        lse: float32 [B, H, Sq], without the sink.
+    """
+    return torch.ops.flashmla.merge_attn_states(out_a, lse_a, out_b, lse_b, attn_sink)
+
+
+def mla_attention_backward(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor | None,
+    cache_seqlens: Tensor,
+    w_kv_b: Tensor | None,
+    head_dim_v: int,
+    softmax_scale: float,
+    causal: bool,
+    attn_mask: Tensor | None,
+    cache_leftpad: Tensor | None,
+    attn_sink: Tensor | None,
+    q_pe: Tensor | None,
+    k_pe_cache: Tensor | None,
+    window: int,
+    kv_cache_dtype: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the two attention operators, for autograd (:mod:`torch_flash_mla._autograd`).
+
+    Args:
+        grad_out, grad_lse: gradients of the results, None for zero.
+        w_kv_b: None for :func:`mla_attention`.
+        needs: which gradients to compute, in the order of the results; others come back empty.
+
+    Returns:
+        Gradients of q, kv_cache, w_kv_b, attn_sink, q_pe and k_pe_cache.
+    """
+    return torch.ops.flashmla._mla_attention_backward(
+        grad_out,
+        grad_lse,
+        q,
+        kv_cache,
+        block_table,
+        cache_seqlens,
+        w_kv_b,
+        head_dim_v,
+        softmax_scale,
+        causal,
+        attn_mask,
+        cache_leftpad,
+        attn_sink,
+        q_pe,
+        k_pe_cache,
+        window,
+        kv_cache_dtype,
+        needs,
+    )
+
+
+def cpu_isa() -> str:
+    """The instruction set in use: scalar, avx2, avx512_vnni, avx512_bf16."""
+    return torch.ops.flashmla._isa()
+
+
+def available_isas() -> list[str]:
+    """The instruction sets that this build and this machine can run, lowest first."""
+    return torch.ops.flashmla._isas()
+
+
+def set_isa(name: str) -> None:
+    """Makes ``name`` the instruction set of the whole process; "" is the best one available.
+
+    Raises:
+        ValueError: ``name`` is not one of :func:`available_isas`.
+    """
+    torch.ops.flashmla._force_isa(name)
+
+
+def scratch_bytes() -> int:
+    """Bytes of scratch memory that all threads hold for the kernels at this moment."""
+    return torch.ops.flashmla._scratch_bytes()
