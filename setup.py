@@ -1,9 +1,11 @@
 """Builds torch_flash_mla in two steps.
 
-1. CMake builds the kernels (csrc/kernels, no torch) into the static archive build/kernels/libflashmla_kernels.a. Another
-   compiler than the operators' may do this: FLASHMLA_KERNEL_CXX, else clang++ 16 or newer when there is one, else c++.
-2. torch's BuildExtension compiles the operators (csrc/ops) and links them with the archive into torch_flash_mla/_C.so, a
-   plain shared library without Python symbols: one build serves every Python version.
+1. CMake builds the kernels (csrc/kernels, no torch) into the static archive
+   build/kernels/libflashmla_kernels.a. Another compiler than the operators' may do this:
+   FLASHMLA_KERNEL_CXX, else clang++ 16 or newer when there is one, else c++.
+2. torch's BuildExtension compiles the operators (csrc/ops) and links them with the archive into
+   torch_flash_mla/_C.so, a plain shared library without Python symbols: one build serves every
+   Python version.
 
 Environment: FLASHMLA_KERNEL_CXX, MAX_JOBS, FLASHMLA_BUILD_TYPE (Release, Debug), FLASHMLA_WERROR=1,
 FLASHMLA_SANITIZE=address,undefined.
@@ -31,7 +33,8 @@ OLDEST_CLANG = 16
 (TORCH_SERIES,) = re.findall(r'"torch==(\d+\.\d+)\.\*"', (ROOT / "pyproject.toml").read_text())
 
 TORCH_HELP = f"""
-torch_flash_mla compiles against the PyTorch of your environment, so that must be there first and be seen by the build:
+torch_flash_mla compiles against the PyTorch of your environment, so that must be there first and
+be seen by the build:
 
     pip install 'torch=={TORCH_SERIES}.0+cpu' --extra-index-url https://download.pytorch.org/whl/cpu
     pip install 'setuptools>=77' cmake ninja
@@ -40,7 +43,11 @@ torch_flash_mla compiles against the PyTorch of your environment, so that must b
 
 # cmake and ninja usually come from pip: they lie beside this Python, which need not be on PATH.
 os.environ["PATH"] = os.pathsep.join(
-    [os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts"), str(Path(sys.executable).parent)]
+    [
+        os.environ.get("PATH", os.defpath),
+        sysconfig.get_path("scripts"),
+        str(Path(sys.executable).parent),
+    ]
 )
 
 try:
@@ -53,7 +60,9 @@ except ImportError:
 def tool(name: str) -> str:
     path = shutil.which(name)
     if path is None:
-        raise SystemExit(f"torch_flash_mla: {name} not found. It comes with pip: pip install cmake ninja")
+        raise SystemExit(
+            f"torch_flash_mla: {name} not found. It comes with pip: pip install cmake ninja"
+        )
     return path
 
 
@@ -83,7 +92,9 @@ def build_kernels() -> None:
     KERNEL_BUILD.mkdir(parents=True, exist_ok=True)
     remembered = KERNEL_BUILD / "compiler.txt"
     if remembered.exists() and remembered.read_text() != compiler:
-        (KERNEL_BUILD / "CMakeCache.txt").unlink(missing_ok=True)  # CMake cannot change its compiler in place
+        (KERNEL_BUILD / "CMakeCache.txt").unlink(
+            missing_ok=True
+        )  # CMake cannot change its compiler in place
         shutil.rmtree(KERNEL_BUILD / "CMakeFiles", ignore_errors=True)
     remembered.write_text(compiler)
     configure = [
@@ -101,8 +112,15 @@ def build_kernels() -> None:
 
 
 def operator_library():
-    """torch_flash_mla/_C.so. Nothing is exported, and neither libpython nor an OpenMP runtime is needed."""
-    compile_args = ["-O2", "-g0", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra"]
+    """torch_flash_mla/_C.so: exports nothing, needs neither libpython nor an OpenMP runtime."""
+    compile_args = [
+        "-O2",
+        "-g0",
+        "-fvisibility=hidden",
+        "-fvisibility-inlines-hidden",
+        "-Wall",
+        "-Wextra",
+    ]
     exports = "csrc/ops/exports.map"
     link_args = [f"-Wl,--version-script={ROOT / exports}", "-Wl,--as-needed"]
     if os.environ.get("FLASHMLA_WERROR", "0") != "0":
@@ -135,7 +153,9 @@ if torch is None or not torch.__version__.startswith(f"{TORCH_SERIES}."):
         """Metadata and source archives need no torch; compiling does, and says so."""
 
         def run(self) -> None:
-            raise SystemExit(f"torch_flash_mla needs torch {TORCH_SERIES}.* to build, and {found}.\n{TORCH_HELP}")
+            raise SystemExit(
+                f"torch_flash_mla needs torch {TORCH_SERIES}.* to build, and {found}.\n{TORCH_HELP}"
+            )
 
     from setuptools import Extension
 
@@ -152,13 +172,17 @@ else:
 
         def run(self) -> None:
             (ROOT / "build").mkdir(exist_ok=True)
-            with (ROOT / "build" / "lock").open("w") as lock:  # two builds of one tree would mix their objects
+            with (ROOT / "build" / "lock").open(
+                "w"
+            ) as lock:  # two builds of one tree would mix their objects
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 build_kernels()
                 try:
                     super().run()
                 except RuntimeError as error:
-                    raise SystemExit(f"torch_flash_mla: compiling the operators failed: {error}") from None
+                    raise SystemExit(
+                        f"torch_flash_mla: compiling the operators failed: {error}"
+                    ) from None
 
     extensions = [operator_library()]
 

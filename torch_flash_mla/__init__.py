@@ -26,21 +26,21 @@ def _load_operators() -> None:
     if ".".join(torch.__version__.split(".")[:2]) != SUPPORTED_TORCH:
         raise ImportError(
             f"torch_flash_mla {__version__} is built for torch {SUPPORTED_TORCH}.*, but torch "
-            f"{torch.__version__} is installed. Install torch=={SUPPORTED_TORCH}.*, or a release of "
-            "torch_flash_mla made for your torch."
+            f"{torch.__version__} is installed. Install torch=={SUPPORTED_TORCH}.*, or a release "
+            "of torch_flash_mla made for your torch."
         )
     library = Path(__file__).with_name("_C.so")
     if not library.exists():
         raise ImportError(
-            f"{library} is missing: the operators were not compiled. In a checkout run `make setup`, "
-            "or in your own environment `pip install --no-build-isolation -e .`"
+            f"{library} is missing: the operators were not compiled. In a checkout run "
+            "`make setup`, or in your own environment `pip install --no-build-isolation -e .`"
         )
     try:
         torch.ops.load_library(library)
     except OSError as error:
         raise ImportError(
-            f"{library} does not load into torch {torch.__version__}; rebuild it with "
-            f"`pip install --no-build-isolation --force-reinstall --no-deps torch_flash_mla`: {error}"
+            f"{library} does not load into torch {torch.__version__}; compile it again, with "
+            f"`make setup` or `pip install --no-build-isolation .`: {error}"
         ) from error
 
 

@@ -39,7 +39,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     """See :func:`torch_flash_mla.ops.mla_attention_backward`."""
     _, q_len, heads, _ = q.shape
-    # Queries split in two parts [.., main | rope]; main is the latent query, or what W_UK makes it from.
+    # Queries are [.., main | rope], where main is the latent query or what W_UK makes it from.
     main = head_dim_v if w_kv_b is None else w_kv_b.shape[1] - head_dim_v
     latent = head_dim_v if w_kv_b is None else w_kv_b.shape[2]
     rope = q.shape[3] - main if q_pe is None else q_pe.shape[3]
@@ -59,7 +59,9 @@ def _backward(
     for b, length in enumerate(cache_seqlens.tolist()):
         if length == 0:
             continue
-        keys = _keys(kv_cache, k_pe_cache, block_table, cache_seqlens, b, latent, rope, kv_cache_dtype)
+        keys = _keys(
+            kv_cache, k_pe_cache, block_table, cache_seqlens, b, latent, rope, kv_cache_dtype
+        )
         grad_keys = torch.zeros_like(keys) if need_cache or need_k_pe else None
         leftpad = 0 if cache_leftpad is None else int(cache_leftpad[b])
         chunk = max(1, _MAX_PROBABILITIES // max(1, heads * length))
@@ -70,7 +72,9 @@ def _backward(
             q_rope = (q[b, tokens, :, main:] if q_pe is None else q_pe[b, tokens]).float()
             q_latent = q_main if w_uk is None else torch.einsum("shp,hpl->shl", q_main, w_uk)
             shape = (q_main.shape[0], heads)
-            g_out = torch.zeros(*shape, head_dim_v) if grad_out is None else grad_out[b, tokens].float()
+            g_out = (
+                torch.zeros(*shape, head_dim_v) if grad_out is None else grad_out[b, tokens].float()
+            )
             g_lse = torch.zeros(shape) if grad_lse is None else grad_lse[b, :, tokens].float().T
             g_latent = g_out if w_uv is None else torch.einsum("shv,hvl->shl", g_out, w_uv)
             out, g_q, g_k, g_sink = _attention_gradients(
@@ -95,7 +99,7 @@ def _backward(
                     grad_q[b, tokens, :, main:] = g_rope.to(q.dtype)
             if grad_q_pe is not None:
                 grad_q_pe[b, tokens] = g_rope.to(q.dtype)
-            if grad_sink is not None:
+            if grad_sink is not None and g_sink is not None:
                 grad_sink += g_sink
             if grad_keys is not None:
                 grad_keys += g_k
@@ -241,10 +245,25 @@ torch.library.impl("flashmla::_mla_attention_backward", "cpu", _backward)
 
 # Inputs of the two operators in the order of their schemas; those that have gradients, in the order
 # that the backward operator returns them.
-_ATTENTION = (
-    "q kv_cache block_table cache_seqlens head_dim_v softmax_scale causal attn_mask cache_leftpad "
-    "indices topk_length attn_sink q_pe k_pe_cache window kv_cache_dtype cu_seqlens_q"
-).split()
+_ATTENTION = [
+    "q",
+    "kv_cache",
+    "block_table",
+    "cache_seqlens",
+    "head_dim_v",
+    "softmax_scale",
+    "causal",
+    "attn_mask",
+    "cache_leftpad",
+    "indices",
+    "topk_length",
+    "attn_sink",
+    "q_pe",
+    "k_pe_cache",
+    "window",
+    "kv_cache_dtype",
+    "cu_seqlens_q",
+]
 _ATTENTION_KV_B = [*_ATTENTION[:4], "w_kv_b", *_ATTENTION[4:], "form"]
 _DIFFERENTIABLE = ("q", "kv_cache", "w_kv_b", "attn_sink", "q_pe", "k_pe_cache")
 _TENSORS = (*_DIFFERENTIABLE, "block_table", "cache_seqlens", "attn_mask", "cache_leftpad")

@@ -1,9 +1,10 @@
 """The operators as typed functions. This is the one file that names ``torch.ops.flashmla``.
 
-All functions work in eager mode, under ``torch.compile``, ``torch.export`` and ``torch.jit.script``.
-They take CPU tensors, check every argument before anything is written, and raise ``ValueError``,
-``TypeError`` (a dtype), ``IndexError`` (a block id or slot) or ``NotImplementedError`` with a
-message that names the argument, what came and what was expected.
+All functions work in eager mode, under ``torch.compile``, ``torch.export`` and
+``torch.jit.script``. They take CPU tensors, check every argument before anything is written, and
+raise ``ValueError``, ``TypeError`` (a dtype), ``IndexError`` (a block id or slot),
+``NotImplementedError`` or ``RuntimeError`` (not a strided CPU tensor) with a message that names the
+argument, what came and what was expected.
 
 Notation: B sequences, Sq query tokens each, H heads, L = kv_lora_rank, R = qk_rope_head_dim,
 P = qk_nope_head_dim, V = v_head_dim, D = L + R. :mod:`torch_flash_mla.reference` states the same
@@ -36,8 +37,8 @@ def mla_attention(
     """Attention of absorbed queries against the latent cache.
 
     Keys are rows [latent | rope] of the cache, values the first ``head_dim_v`` = L columns of the
-    same rows (DeepSeek-V2, arXiv:2405.04434, section 2.1, with W_UK and W_UV absorbed into query and
-    output projection). Names follow FlashMLA and vLLM.
+    same rows (DeepSeek-V2, arXiv:2405.04434, section 2.1, with W_UK and W_UV absorbed into query
+    and output projection). Names follow FlashMLA and vLLM.
 
     Differentiable in q, q_pe, attn_sink and a float kv_cache or k_pe_cache (recomputed in float32),
     through out and lse; not in attn_mask.
@@ -172,8 +173,8 @@ def concat_and_cache_mla(
 
     Args:
         kv_c: [.., L], the normed latent of each token; leading dimensions are flattened.
-        k_pe: [.., R], the rotated key of each token, dtype of ``kv_c``; dimensions of size 1 between
-            (as in [T, 1, R]) do not matter. Float dtypes, converted to the cache's.
+        k_pe: [.., R], the rotated key of each token, dtype of ``kv_c``; dimensions of size 1
+            between (as in [T, 1, R]) do not matter. Float dtypes, converted to the cache's.
         kv_cache: as in :func:`mla_attention`.
         slot_mapping: int64, one per token: slot = block * block_size + offset, -1 skips the token.
             Of tokens with the same slot any one may win.
