@@ -1,0 +1,96 @@
+"""How exact attention is, for every level, format, size, layout and kind of visibility.
+
+The cases, their tensors and the bounds are in mla_cases.py. By default: a pairwise cover, random
+sizes, and the error of INT8 over many draws. ``-m exhaustive`` runs the full product of sizes.
+"""
+
+import itertools
+
+import mla_cases
+import pytest
+import torch
+from mla_cases import FACTORS, FORMATS, Case, check, make_problem, pairwise, possible, random_case
+
+import torch_flash_mla
+from torch_flash_mla import ops
+
+ISAS = torch_flash_mla.available_isas()
+COVER = [Case(**c) for c in pairwise({"isa": ISAS, **FACTORS}, possible)]
+RANDOM = [(isa, seed) for isa in ISAS for seed in range(ISAS.index(isa), 60, len(ISAS))]
+
+
+def run(case: Case, problem: mla_cases.Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch_flash_mla.force_isa(case.isa):
+        return ops.mla_attention(**problem.arguments)
+
+
+@pytest.mark.parametrize("case", COVER, ids=str)
+def test_pairwise_cover(case):
+    problem = make_problem(case)
+    check(problem, *run(case, problem))
+
+
+@pytest.mark.parametrize(("isa", "seed"), RANDOM)
+def test_random_sizes(isa, seed):
+    case = random_case(isa, seed)
+    problem = make_problem(case)
+    check(problem, *run(case, problem))
+
+
+@pytest.mark.parametrize("kind", ["normal", "peaky", "sink"])
+@pytest.mark.parametrize("cache_format", mla_cases.PACKED_FORMATS)
+@pytest.mark.parametrize("isa", ISAS)
+def test_pooled_error_of_packed_formats(isa, cache_format, kind):
+    """The error of the result is that of the storage, times what the arithmetic adds to it."""
+    squares = torch.zeros(2, dtype=torch.float64)
+    worst = 0.0
+    draws = 50
+    for draw in range(draws):
+        case = Case(isa, cache_format, heads=8, length=256 + draw, q_len=1)
+        factors = {"peaky": {"q_factor": 3.0}, "sink": {"key_factor": 4.0}}.get(kind, {})
+        problem = make_problem(case, [case.length], **factors)
+        out, _ = run(case, problem)
+        original = problem.expected_of_original()[0]
+        error = (out - original).norm()
+        storage = (problem.expected()[0] - original).norm()
+        worst = max(worst, float(error / storage))
+        squares += torch.stack([error, storage]) ** 2
+    pooled = float((squares[0] / squares[1]).sqrt())
+    if case.arithmetic == "INT8":
+        bound = mla_cases.INT8_POOLED_RATIO[kind]
+    else:
+        bound = mla_cases.PACKED_RATIO[case.arithmetic]
+    assert pooled <= bound
+    assert worst <= mla_cases.PACKED_RATIO[case.arithmetic]
+
+
+def test_cover_has_every_pair():
+    factors = {"isa": ISAS, **FACTORS}
+    seen = {
+        pair
+        for case in COVER
+        for pair in itertools.combinations([(name, getattr(case, name)) for name in factors], 2)
+    }
+    for a, b in itertools.combinations(factors, 2):
+        for x, y in itertools.product(factors[a], factors[b]):
+            assert ((a, x), (b, y)) in seen or not possible({a: x, b: y})
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("heads", FACTORS["heads"])
+@pytest.mark.parametrize("dims", FACTORS["dims"], ids=str)
+@pytest.mark.parametrize("cache_format", FORMATS)
+def test_full_product(cache_format, dims, heads):
+    """Level x page x query length x dtype of the queries; all lengths are one batch."""
+    if not possible({"cache_format": cache_format, "dims": dims}):
+        pytest.skip("the format does not hold these dims")
+    for q_len, q_dtype in itertools.product(FACTORS["q_len"], FACTORS["q_dtype"]):
+        expected = {}  # the same for all levels and pages
+        for isa, page in itertools.product(ISAS, FACTORS["page"]):
+            keys = "causal" if q_len > 1 else "all"
+            case = Case(
+                isa, cache_format, heads, dims, page, q_len=q_len, q_dtype=q_dtype, keys=keys
+            )
+            problem = make_problem(case, FACTORS["length"])
+            problem.share_expected(expected)
+            check(problem, *run(case, problem))
