@@ -63,25 +63,29 @@ void accumulate_block(const Tile& tile, int32_t d, int32_t row, int32_t rows, in
   }
 }
 
+// Rows [row, used) in blocks of kRows, the rest in halves: no row is computed that nobody asked for.
+template <class Simd, class Arithmetic, int kRows, int kVectors>
+void accumulate_rows(const Tile& tile, int32_t d, int32_t row, int32_t used, int32_t rows, int32_t width, const Scratch& s) {
+  for (; row + kRows <= used; row += kRows) {
+    accumulate_block<Simd, Arithmetic, kRows, kVectors>(tile, d, row, rows, width, s);
+  }
+  if constexpr (kRows > 1) accumulate_rows<Simd, Arithmetic, kRows / 2, kVectors>(tile, d, row, used, rows, width, s);
+}
+
 // used: rows that are not padding; width: values of an output row.
 template <class Simd, class Arithmetic>
 void accumulate(const Tile& tile, int32_t used, int32_t rows, int32_t width, const Scratch& s) {
-  // 16 (of 32 registers) or 8 (of 16) accumulators.
-  constexpr int kRows = 4;
-  constexpr int kColumns = Simd::kRegisters / 2 / kRows;
-  constexpr int kVectors = kColumns > Arithmetic::kGroup ? kColumns / Arithmetic::kGroup : 1;
-  constexpr int kStep = Simd::kLanes * Arithmetic::kGroup;
+  // Half of the registers accumulate: 4 x 4 of 32; 4 x 2 of 16, or 2 x 4 where an interleave makes four vectors.
+  constexpr int kGroup = Arithmetic::kGroup;
+  constexpr int kColumns = Simd::kRegisters / 8 > kGroup ? Simd::kRegisters / 8 : kGroup;
+  constexpr int kRows = Simd::kRegisters / 2 / kColumns;
+  constexpr int kVectors = kColumns / kGroup;
+  constexpr int kStep = Simd::kLanes * kGroup;
   int32_t d = 0;
   for (; d + kVectors * kStep <= width; d += kVectors * kStep) {
-    for (int32_t r = 0; r < used; r += kRows) {
-      accumulate_block<Simd, Arithmetic, kRows, kVectors>(tile, d, r, rows, width, s);
-    }
+    accumulate_rows<Simd, Arithmetic, kRows, kVectors>(tile, d, 0, used, rows, width, s);
   }
-  for (; d < width; d += kStep) {
-    for (int32_t r = 0; r < used; r += kRows) {
-      accumulate_block<Simd, Arithmetic, kRows, 1>(tile, d, r, rows, width, s);
-    }
-  }
+  for (; d < width; d += kStep) accumulate_rows<Simd, Arithmetic, kRows, 1>(tile, d, 0, used, rows, width, s);
 }
 
 }  // namespace

@@ -121,7 +121,7 @@ void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, St
     int32_t next = (at / shape.tile + 1) * shape.tile;
     if (next > end) next = end;
     const Tile tile = tiles(at, next, end);
-    const bool edge = at < all_begin || tile.begin + tile.tokens > all_end;
+    const bool edge = at < all_begin || next > all_end || tile.tokens != tile.valid;
     if (holes) fill_bias(p, item, at, tile.tokens, rows, s);
     score<Simd, Arithmetic>(tile, vectors, s, tile.key[0].group[0] != s.staged);
     soften<Simd, Arithmetic>(tile, scale, edge, holes ? s.bias : nullptr, vectors, s);

@@ -3,7 +3,7 @@
 
 namespace flashmla {
 
-// Name of the level in use: scalar, avx2, avx512_vnni, avx512_bf16.
+// Name of the level in use: scalar, avx2, avx2_vnni, avx512_vnni, avx512_bf16.
 const char* isa_name();
 
 // Levels compiled in, lowest first; null terminated.

@@ -18,7 +18,7 @@ struct KernelTable {
   // Executes one item. `partials`: plan.partials * partial_floats; `scratch`: scratch_bytes, private to the thread.
   void (*attend)(const AttentionParams& p, BlockShape shape, const WorkItem& item, float* partials, std::byte* scratch);
   void (*merge)(const AttentionParams& p, BlockShape shape, const MergeItem& item, const float* partials);
-  // Name of the arithmetic that computes a format for a query type: f32, bf16, int8.
+  // Name of the arithmetic that computes a format for a query type: f32, bf16, int8, int16.
   const char* (*arithmetic)(CacheFormat format, ScalarType query);
 };
 

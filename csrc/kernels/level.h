@@ -43,6 +43,8 @@ constexpr Pipeline choose() {
     return pipeline<Simd, Bf16<Simd>, Format>(id, "bf16");
   } else if constexpr (id == ArithmeticId::kInt8) {
     return pipeline<Simd, Int8<Simd>, Format>(id, "int8");
+  } else if constexpr (id == ArithmeticId::kInt16) {
+    return pipeline<Simd, Int16<Simd>, Format>(id, "int16");
   } else {
     return pipeline<Simd, F32<Simd>, Format>(id, "f32");
   }

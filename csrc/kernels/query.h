@@ -53,8 +53,9 @@ void encode_query(ScalarType type, const std::byte* from, int32_t count, std::by
       for (int32_t i = 0; i < n; i += Simd::kLanes) most = Simd::max(most, Simd::abs(Simd::load(wide + i)));
     }
     const float m = Simd::reduce_max(most);
-    inverse = m > 1e-30f ? Arithmetic::kQueryMax / m : 0.0f;
-    *scale = m > 1e-30f ? m / Arithmetic::kQueryMax : 0.0f;
+    const float most_code = Arithmetic::query_max(count);
+    inverse = m > 1e-30f ? most_code / m : 0.0f;
+    *scale = m > 1e-30f ? m / most_code : 0.0f;
   }
   auto finite = Simd::zero();  // NaN once a value is not finite
   for (int32_t at = 0; at < count; at += kChunk) {
@@ -76,9 +77,7 @@ void encode_query(ScalarType type, const std::byte* from, int32_t count, std::by
     float lanes[Simd::kLanes];
     Simd::store(lanes, finite);
     for (const float x : lanes) *scale += x;
-    int32_t sum = 0;
-    for (int32_t i = 0; i < count; ++i) sum += static_cast<int8_t>(to[i]);
-    *start = -Arithmetic::kKeyBias * sum;
+    *start = Arithmetic::query_start(to, count);
   }
 }
 

@@ -31,8 +31,10 @@ RowLayout row_layout(int32_t latent, int32_t rope) {
   l.groups[0] = round_up(latent, Arithmetic::kGroup) / Arithmetic::kGroup;
   l.groups[1] = round_up(rope, Arithmetic::kGroup) / Arithmetic::kGroup;
   l.value = round_up(latent, kVector);
-  l.rope_offset = l.value * Arithmetic::kBytes;
-  l.scale_offset = l.rope_offset + round_up(rope, kVector) * Arithmetic::kBytes;
+  // Codecs write whole steps: up to two blocks of 32, or a vector.
+  constexpr int kStep = kVector > 64 ? kVector : 64;
+  l.rope_offset = round_up(latent, kStep) * Arithmetic::kBytes;
+  l.scale_offset = l.rope_offset + round_up(rope, kStep) * Arithmetic::kBytes;
   const int32_t lines = round_up(l.scale_offset + (Arithmetic::kScaled ? 8 : 0), kCacheLine) / kCacheLine;
   l.stride = (lines | 1) * kCacheLine;
   return l;

@@ -43,7 +43,7 @@ void soften_rows(const Tile& tile, float scale, const float* bias, int32_t row, 
         const Float b = Simd::load(bias + static_cast<int64_t>(t) * rows + row);
         x = Simd::select_minus_infinity(b, b, Simd::add(x, b));
       }
-      x = Simd::select_in_range(tile.begin + t, first, limit, x, none);
+      x = t < tile.valid ? Simd::select_in_range(tile.begin + t, first, limit, x, none) : none;
     }
     Simd::store(at, x);
     most = Simd::max(most, x);

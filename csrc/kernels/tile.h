@@ -20,7 +20,8 @@ struct Span {
 
 struct Tile {
   int32_t begin;   // position of token 0
-  int32_t tokens;  // a multiple of 16; the last ones may be padding (zero rows), masked by position
+  int32_t valid;   // tokens of the cache
+  int32_t tokens;  // `valid` rounded up to 16: the last ones may be padding (zero rows), to be masked
   Span key[2];     // latent and rope
   Span value;
 };
@@ -46,7 +47,7 @@ class Tiles {
   Tile direct_tile(int32_t begin, int32_t end, int32_t next_end) const {
     Tile tile = {};
     tile.begin = begin;
-    tile.tokens = end - begin;
+    tile.valid = tile.tokens = end - begin;
     const int32_t groups = tile.tokens / kPage;
     for (int32_t g = 0; g < groups + 2; ++g) {
       const int32_t token = begin + g * kPage;
@@ -71,15 +72,16 @@ class Tiles {
     constexpr int32_t kAhead = 8;  // rows
     Tile tile = {};
     tile.begin = begin;
-    tile.tokens = round_up(end - begin, kPage);
+    tile.valid = end - begin;
+    tile.tokens = round_up(tile.valid, kPage);
     std::byte* row = scratch_;
     for (int32_t t = begin; t < end; ++t, row += layout_.stride) {
       if (t + kAhead < next_end) prefetch_row(slots_[t + kAhead]);
       const RowAddress from = slots_[t];
       stage_(from.kv_c, from.k_pe, layout_, row);
     }
-    // Zero rows have score 0 and value 0, scales included (0 * NaN would be NaN); positions mask them.
-    const int64_t rest = static_cast<int64_t>(tile.tokens - (end - begin)) * layout_.stride;
+    // Padding rows are zero, scales included (0 * NaN would be NaN).
+    const int64_t rest = static_cast<int64_t>(tile.tokens - tile.valid) * layout_.stride;
     if (rest > 0) __builtin_memset(row, 0, rest);
     for (int32_t g = 0; g < tile.tokens / kPage + 2; ++g) {
       const int32_t in_tile = g < tile.tokens / kPage ? g : 0;

@@ -18,9 +18,17 @@ struct Int8 {
   static constexpr int kGroup = 4;
   static constexpr int kBytes = 1;
   static constexpr bool kScaled = true;
-  static constexpr float kQueryMax = 127.0f;
-  static constexpr int kKeyBias = 128;
+  static constexpr float kKeyMax = 127.0f;
   static constexpr float kProbabilityMax = 255.0f;
+
+  // Largest query code for a segment of `length` values.
+  static float query_max(int32_t) { return 127.0f; }
+  // Where accumulators start, from the query's codes: the keys' bias costs nothing.
+  static int32_t query_start(const std::byte* codes, int32_t count) {
+    int32_t sum = 0;
+    for (int32_t i = 0; i < count; ++i) sum += static_cast<int8_t>(codes[i]);
+    return -128 * sum;
+  }
 
   static Acc dot_key(Acc sum, Word query, Word key) { return Simd::dot_u8s8(sum, key, query); }
   static Acc dot_value(Acc sum, Word probability, Word value) {
@@ -45,7 +53,7 @@ struct Int8 {
     return Simd::bit_or(low, high);
   }
 
-  // x: already scaled to +-kQueryMax.
+  // x: already scaled to +-query_max.
   static void store_query(std::byte* p, const Float x[4]) {
     for (int i = 0; i < 4; ++i) Simd::store_s8(p + i * Simd::kLanes, Simd::round_to_word(x[i]));
   }

@@ -48,5 +48,29 @@ constexpr int kBlock = 32;
 // x * inverse, 0 where the block holds nothing finite.
 [[maybe_unused]] inline float scaled(float x, float inverse) { return inverse > 0 ? x * inverse : 0; }
 
+// Codes with a scale per block -> codes of one scale for the segment, which is returned (NaN if a block is not finite). The
+// largest block scale times code_max becomes target_max; calls recode(b, factor) for blocks b, b + 1, .. (kStep of them), where
+// factor[i] / unit is the scale of block b + i in terms of the segment's.
+template <class Simd, int kStep, class Recode>
+float recode_blocks(const std::byte* scales, int32_t blocks, float code_max, float target_max, float unit, Recode recode) {
+  auto load = [&](int32_t b) {
+    return blocks - b >= Simd::kLanes ? Simd::load_f16(scales + 2 * b) : Simd::load_f16(scales + 2 * b, blocks - b);
+  };
+  auto most = Simd::zero();
+  for (int32_t b = 0; b < blocks; b += Simd::kLanes) most = Simd::max(most, load(b));
+  const float range = Simd::reduce_max(most) * (code_max / target_max);
+  const float inverse = range > 0 ? unit / range : 0.0f;
+  int32_t signs = 0;  // the factor of a block that is not finite is INT_MIN
+  for (int32_t b0 = 0; b0 < blocks; b0 += Simd::kLanes) {
+    int32_t factor[Simd::kLanes];
+    Simd::store_word(factor, Simd::round_to_word(Simd::mul(load(b0), Simd::set(inverse))));
+    for (int32_t b = 0; b < Simd::kLanes && b0 + b < blocks; b += kStep) {
+      for (int i = 0; i < kStep; ++i) signs |= factor[b + i];
+      recode(b0 + b, factor + b);
+    }
+  }
+  return signs < 0 ? __builtin_nanf("") : range;
+}
+
 }  // namespace
 }  // namespace flashmla

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "kernels/arithmetic/f32.h"
+#include "kernels/arithmetic/int16.h"
 #include "kernels/arithmetic/int8.h"
 #include "kernels/arithmetic_id.h"
 #include "kernels/formats/block_scale.h"
@@ -81,7 +82,7 @@ struct Q6_0 {
 
   template <class Simd>
   static constexpr ArithmeticId arithmetic(ScalarType) {
-    return Simd::kInt8Dot ? ArithmeticId::kInt8 : ArithmeticId::kF32;
+    return Simd::kInt8Dot ? ArithmeticId::kInt8 : Simd::kInt16Dot ? ArithmeticId::kInt16 : ArithmeticId::kF32;
   }
 
   template <class Simd>
@@ -98,12 +99,12 @@ struct Q6_0 {
     for (int32_t i = layout.latent; i < layout.value; ++i) latent[i] = 0;
   }
 
-  template <class Simd>
-  static void stage(Int8<Simd>, const std::byte* codes, const std::byte*, const RowLayout& layout, std::byte* row) {
-    const int32_t d = layout.latent + layout.rope;
-    const float scales[2] = {
-        recode<Simd>(codes, d, 0, layout.latent / kBlock, row),
-        recode<Simd>(codes, d, layout.latent / kBlock, layout.rope / kBlock, row + layout.rope_offset)};
+  // Block scales become one scale per segment; codes move from +-32 to the whole range of the arithmetic.
+  template <class Arithmetic>
+  static void stage(Arithmetic, const std::byte* codes, const std::byte*, const RowLayout& layout, std::byte* row) {
+    const int32_t d = layout.latent + layout.rope, blocks = layout.latent / kBlock;
+    const float scales[2] = {recode(Arithmetic{}, codes, d, 0, blocks, row),
+                             recode(Arithmetic{}, codes, d, blocks, layout.rope / kBlock, row + layout.rope_offset)};
     __builtin_memcpy(row + layout.scale_offset, scales, 8);
   }
 
@@ -122,11 +123,6 @@ struct Q6_0 {
   }
 
   template <class Simd>
-  static typename Simd::Float load_scales(const std::byte* scales, int32_t count) {
-    return count >= Simd::kLanes ? Simd::load_f16(scales) : Simd::load_f16(scales, count);
-  }
-
-  template <class Simd>
   static void widen(const std::byte* codes, int32_t d, int32_t first, int32_t blocks, float* to) {
     const std::byte* scales = planes(codes, d, first).scales;
     const auto bias = Simd::set(32.0f);
@@ -142,32 +138,28 @@ struct Q6_0 {
     }
   }
 
-  // Codes of many block scales -> biased int8 codes of one scale, which is returned. The largest block scale uses the whole
-  // range (32 -> 127); factors of the others are 13-bit fractions of it.
   template <class Simd>
-  static float recode(const std::byte* codes, int32_t d, int32_t first, int32_t blocks, std::byte* to) {
-    constexpr int kBlocks = Simd::kBytes / kBlock;
-    const std::byte* scales = planes(codes, d, first).scales;
-    auto most = Simd::zero();
-    for (int32_t b = 0; b < blocks; b += Simd::kLanes) {
-      const auto scale = load_scales<Simd>(scales + 2 * b, blocks - b);
-      most = Simd::max(most, scale);
-    }
-    const float range = Simd::reduce_max(most) * (32.0f / 127.0f);
-    const float inverse = range > 0 ? 8192.0f / range : 0.0f;
+  static float recode(Int8<Simd>, const std::byte* codes, int32_t d, int32_t first, int32_t blocks, std::byte* to) {
     const auto bias = Simd::set_word(static_cast<int32_t>(0x80808080u));
-    int32_t signs = 0;  // the factor of a block that is not finite is INT_MIN
-    for (int32_t b0 = 0; b0 < blocks; b0 += Simd::kLanes) {
-      int32_t factor[Simd::kLanes];
-      const auto scale = load_scales<Simd>(scales + 2 * b0, blocks - b0);
-      Simd::store_word(factor, Simd::round_to_word(Simd::mul(scale, Simd::set(inverse))));
-      for (int32_t b = 0; b < Simd::kLanes && b0 + b < blocks; b += kBlocks) {
-        for (int i = 0; i < kBlocks; ++i) signs |= factor[b + i];
-        const auto u = unpack<Simd>(codes, d, first + b0 + b, first + blocks - 1);
-        Simd::store_word(to + (b0 + b) * kBlock, Simd::bit_xor(Simd::rescale8(u, 32, factor + b), bias));
-      }
-    }
-    return signs < 0 ? __builtin_nanf("") : range;
+    return recode_blocks<Simd, Simd::kBytes / kBlock>(
+        planes(codes, d, first).scales, blocks, 32, Int8<Simd>::kKeyMax, 8192, [&](int32_t b, const int32_t* factor) {
+          const auto u = unpack<Simd>(codes, d, first + b, first + blocks - 1);
+          Simd::store_word(to + b * kBlock, Simd::bit_xor(Simd::rescale8(u, 32, factor), bias));
+        });
+  }
+
+  template <class Simd>
+  static float recode(Int16<Simd>, const std::byte* codes, int32_t d, int32_t first, int32_t blocks, std::byte* to) {
+    constexpr int kStep = Simd::kBytes / kBlock, kWide = 2 * Simd::kLanes;
+    return recode_blocks<Simd, kStep>(
+        planes(codes, d, first).scales, blocks, 32, Int16<Simd>::kKeyMax, 32, [&](int32_t b, const int32_t* factor) {
+          alignas(64) std::byte u[Simd::kBytes];
+          Simd::store_word(u, unpack<Simd>(codes, d, first + b, first + blocks - 1));
+          for (int i = 0; i < Simd::kBytes; i += kWide) {
+            const auto code = Simd::sub16(Simd::widen8(u + i, 0), 32);
+            Simd::store_word(to + 2 * (b * kBlock + i), Simd::template rescale16<10>(code, factor[i / kBlock]));
+          }
+        });
   }
 };
 

@@ -5,6 +5,7 @@
 
 #include "kernels/arithmetic/bf16.h"
 #include "kernels/arithmetic/f32.h"
+#include "kernels/arithmetic/int16.h"
 #include "kernels/arithmetic_id.h"
 #include "kernels/formats/block_scale.h"
 #include "kernels/params.h"
@@ -56,11 +57,12 @@ struct Q8_0 {
 
   template <class Simd>
   static constexpr ArithmeticId arithmetic(ScalarType) {
-    return Simd::kBf16Dot ? ArithmeticId::kBf16 : ArithmeticId::kF32;
+    return Simd::kBf16Dot ? ArithmeticId::kBf16 : Simd::kInt16Dot ? ArithmeticId::kInt16 : ArithmeticId::kF32;
   }
 
-  // Either arithmetic takes the same values: code * scale, stored as its elements are.
+  // Float arithmetics take the same values: code * scale, stored as their elements are.
   template <class Arithmetic>
+    requires(!Arithmetic::kScaled)
   static void stage(Arithmetic, const std::byte* codes, const std::byte*, const RowLayout& layout, std::byte* row) {
     const std::byte* scales = codes + layout.latent + layout.rope;
     widen<Arithmetic>(codes, scales, layout.latent, row);
@@ -70,7 +72,27 @@ struct Q8_0 {
                       row + layout.rope_offset);
   }
 
+  // Block scales become one scale per segment.
+  template <class Simd>
+  static void stage(Int16<Simd>, const std::byte* codes, const std::byte*, const RowLayout& layout, std::byte* row) {
+    const std::byte* scales = codes + layout.latent + layout.rope;
+    const float to_scales[2] = {recode<Simd>(codes, scales, layout.latent, row),
+                                recode<Simd>(codes + layout.latent, scales + layout.latent / kBlock * 2, layout.rope,
+                                             row + layout.rope_offset)};
+    __builtin_memcpy(row + layout.scale_offset, to_scales, 8);
+  }
+
  private:
+  template <class Simd>
+  static float recode(const std::byte* codes, const std::byte* scales, int32_t count, std::byte* to) {
+    return recode_blocks<Simd, 1>(
+        scales, count / kBlock, 127, Int16<Simd>::kKeyMax, 128, [&](int32_t b, const int32_t* factor) {
+          for (int i = b * kBlock; i < (b + 1) * kBlock; i += 2 * Simd::kLanes) {
+            Simd::store_word(to + 2 * i, Simd::template rescale16<8>(Simd::widen8(codes + i, 0), *factor));
+          }
+        });
+  }
+
   template <template <class> class Arithmetic, class Simd>
   static Simd simd_of(Arithmetic<Simd>);
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "kernels/arithmetic/f32.h"
+#include "kernels/arithmetic/int16.h"
 #include "kernels/arithmetic/int8.h"
 #include "kernels/arithmetic_id.h"
 #include "kernels/formats/block_scale.h"
@@ -47,7 +48,7 @@ struct Q8Kv {
 
   template <class Simd>
   static constexpr ArithmeticId arithmetic(ScalarType) {
-    return Simd::kInt8Dot ? ArithmeticId::kInt8 : ArithmeticId::kF32;
+    return Simd::kInt8Dot ? ArithmeticId::kInt8 : Simd::kInt16Dot ? ArithmeticId::kInt16 : ArithmeticId::kF32;
   }
 
   template <class Simd>
@@ -66,7 +67,20 @@ struct Q8Kv {
     __builtin_memcpy(row + layout.scale_offset, codes + layout.latent + layout.rope, 8);
   }
 
+  // The codes as they are: int16 holds them exactly.
+  template <class Simd>
+  static void stage(Int16<Simd>, const std::byte* codes, const std::byte*, const RowLayout& layout, std::byte* row) {
+    widen16<Simd>(codes, layout.latent, row);
+    widen16<Simd>(codes + layout.latent, layout.rope, row + layout.rope_offset);
+    __builtin_memcpy(row + layout.scale_offset, codes + layout.latent + layout.rope, 8);
+  }
+
  private:
+  template <class Simd>
+  static void widen16(const std::byte* codes, int32_t count, std::byte* to) {
+    for (int32_t i = 0; i < count; i += 2 * Simd::kLanes) Simd::store_word(to + 2 * i, Simd::widen8(codes + i, 0x80));
+  }
+
   template <class Simd>
   static void widen(const std::byte* codes, int32_t count, float scale, float* to) {
     const auto bias = Simd::set(128.0f), s = Simd::set(scale);

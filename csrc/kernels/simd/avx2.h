@@ -13,6 +13,7 @@ struct Avx2 {
   static constexpr int kRegisters = 16;
   static constexpr bool kBf16Dot = false;
   static constexpr bool kInt8Dot = false;
+  static constexpr bool kInt16Dot = true;
   using Float = __m256;
   using Word = __m256i;
 
@@ -75,6 +76,8 @@ struct Avx2 {
     const Word biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
     return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23)));
   }
+
+  static Word dot_s16(Word sum, Word a, Word b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
 
   static void interleave16(Word a, Word b, Word out[2]) {
     out[0] = _mm256_unpacklo_epi16(a, b);
@@ -152,6 +155,20 @@ struct Avx2 {
   static void store_s8(void* p, Word x) {
     const __m128i s16 = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
     _mm_storel_epi64(static_cast<__m128i*>(p), _mm_packs_epi16(s16, s16));
+  }
+
+  static void store_s16(void* p, Word x) {
+    _mm_storeu_si128(static_cast<__m128i*>(p),
+                     _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
+  }
+
+  static Word widen8(const void* p, int flip) {
+    return _mm256_cvtepi8_epi16(_mm_xor_si128(load128(p), _mm_set1_epi8(static_cast<char>(flip))));
+  }
+  static Word sub16(Word x, int bias) { return _mm256_sub_epi16(x, _mm256_set1_epi16(static_cast<short>(bias))); }
+  template <int kShift>
+  static Word rescale16(Word codes, int32_t factor) {
+    return _mm256_mulhrs_epi16(_mm256_slli_epi16(codes, kShift), _mm256_set1_epi16(static_cast<short>(factor)));
   }
 
   // 32 (4 * kLanes) packed codes: one block of 32.

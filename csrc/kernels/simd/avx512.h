@@ -15,6 +15,7 @@ struct Avx512 {
   static constexpr int kRegisters = 32;
   static constexpr bool kBf16Dot = false;
   static constexpr bool kInt8Dot = true;
+  static constexpr bool kInt16Dot = true;
   using Float = __m512;
   using Word = __m512i;
 
@@ -78,6 +79,11 @@ struct Avx512 {
   static Word dot_u8s8(Word sum, Word u8, Word s8) {
     // Not the intrinsic: g++ 12 spills the accumulators around it, at 40 % of the rate.
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u8), "v"(s8));
+    return sum;
+  }
+
+  static Word dot_s16(Word sum, Word a, Word b) {
+    asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
     return sum;
   }
 
@@ -160,6 +166,20 @@ struct Avx512 {
   // Saturates to int8.
   static void store_s8(void* p, Word x) {
     _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(x));
+  }
+
+  static void store_s16(void* p, Word x) {
+    _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(x));
+  }
+
+  // 2 * kLanes codes as int16: bytes, flipped by xor, sign extended. Then (code << kShift) * factor / 2^15, rounded.
+  static Word widen8(const void* p, int flip) {
+    return _mm512_cvtepi8_epi16(_mm256_xor_si256(load256(p), _mm256_set1_epi8(static_cast<char>(flip))));
+  }
+  static Word sub16(Word x, int bias) { return _mm512_sub_epi16(x, _mm512_set1_epi16(static_cast<short>(bias))); }
+  template <int kShift>
+  static Word rescale16(Word codes, int32_t factor) {
+    return _mm512_mulhrs_epi16(_mm512_slli_epi16(codes, kShift), _mm512_set1_epi16(static_cast<short>(factor)));
   }
 
   // 64 (4 * kLanes) packed codes: two blocks of 32.

@@ -9,6 +9,8 @@
 //   transpose             kLanes x kLanes words in place
 //   load_bf16, ...        kLanes values of a storage type, widened; (p, count) touches only the first count elements
 //   dot_bf16, pair_bf16   with kBf16Dot: f32 dot of bf16 pairs; words of (low, high) rounded to bf16
+//   dot_s16, widen8,      with kInt16Dot: int32 dot of int16 pairs; 2 * kLanes byte codes as int16;
+//   sub16, rescale16      (code << kShift) * factor / 2^15, rounded
 //   dot_u8s8, unpack6,    with kInt8Dot: int32 dot of four codes; kBytes six-bit codes from their planes;
 //   rescale8              (code - bias) * factor / 8192 as int8
 #pragma once
@@ -49,6 +51,15 @@ concept SimdVocabulary = requires(typename S::Float f, typename S::Word w, typen
     { S::pair_bf16(f, f) } -> std::same_as<typename S::Word>;
     S::interleave16(w, w, ws);
     S::restore16(fs);
+  };
+  requires !S::kInt16Dot || requires {
+    { S::dot_s16(w, w, w) } -> std::same_as<typename S::Word>;
+    { S::widen8(cv, 0) } -> std::same_as<typename S::Word>;
+    { S::sub16(w, 0) } -> std::same_as<typename S::Word>;
+    { S::template rescale16<8>(w, 0) } -> std::same_as<typename S::Word>;
+    S::interleave16(w, w, ws);
+    S::restore16(fs);
+    S::store_s16(v, w);
   };
   requires !S::kInt8Dot || requires {
     { S::dot_u8s8(w, w, w) } -> std::same_as<typename S::Word>;

@@ -14,6 +14,7 @@ struct Scalar {
   static constexpr int kRegisters = 16;
   static constexpr bool kBf16Dot = false;
   static constexpr bool kInt8Dot = false;
+  static constexpr bool kInt16Dot = false;
   typedef float Float __attribute__((vector_size(16)));
   typedef int32_t Word __attribute__((vector_size(16)));
 
@@ -72,15 +73,6 @@ struct Scalar {
     return p * as_float((__builtin_convertvector(n, Word) + 127) << 23);
   }
 
-  static void interleave16(Word a, Word b, Word out[2]) {
-    const Pairs x = copy<Pairs>(&a), y = copy<Pairs>(&b);
-    const Pairs low = {x[0], y[0], x[1], y[1], x[2], y[2], x[3], y[3]};
-    const Pairs high = {x[4], y[4], x[5], y[5], x[6], y[6], x[7], y[7]};
-    out[0] = copy<Word>(&low);
-    out[1] = copy<Word>(&high);
-  }
-  static void restore16(Float*) {}
-
   static void transpose(Word x[4]) {
     for (int i = 0; i < 4; ++i) {
       for (int j = 0; j < i; ++j) {
@@ -109,8 +101,6 @@ struct Scalar {
   static void prefetch(const void* p) { __builtin_prefetch(p); }
 
  private:
-  typedef int16_t Pairs __attribute__((vector_size(16)));
-
   template <class T>
   static T copy(const void* p) {
     T x;

@@ -1,0 +1,50 @@
+// arithmetic/int16.h: words of two 16-bit codes, int32 accumulators; levels with a 16-bit pair product.
+//
+// K and V rows are codes up to +-2047 with one f32 scale per segment; queries and probabilities take what is left of 31 bits.
+// As exact as the storage format, at half the rate of Int8: it serves levels without an 8-bit dot product.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace flashmla {
+namespace {
+
+template <class Simd>
+struct Int16 {
+  using Float = typename Simd::Float;
+  using Word = typename Simd::Word;
+  using Acc = Word;
+  static constexpr int kGroup = 2;
+  static constexpr int kBytes = 2;
+  static constexpr bool kScaled = true;
+  static constexpr float kKeyMax = 2047.0f;
+  static constexpr float kProbabilityMax = 8191.0f;  // 2047 * 8191 * 128 < 2^31
+
+  // Largest query code for a segment of `length` values: the sum must fit int32.
+  static float query_max(int32_t length) {
+    const int32_t most = static_cast<int32_t>(2147483647LL / (2047LL * length));
+    return static_cast<float>(most < 8191 ? most : 8191);
+  }
+  static int32_t query_start(const std::byte*, int32_t) { return 0; }
+
+  static Acc dot_key(Acc sum, Word query, Word key) { return Simd::dot_s16(sum, query, key); }
+  static Acc dot_value(Acc sum, Word probability, Word value) { return Simd::dot_s16(sum, probability, value); }
+
+  static void interleave(const std::byte* row, int64_t stride, Word out[2]) {
+    Simd::interleave16(Simd::load_word(row), Simd::load_word(row + stride), out);
+  }
+  static void restore(Float v[2]) { Simd::restore16(v); }
+
+  // p: already scaled to 0..kProbabilityMax.
+  static Word pack_probabilities(const Float p[2]) {
+    return Simd::bit_or(Simd::round_to_word(p[0]), Simd::template shift_left<16>(Simd::round_to_word(p[1])));
+  }
+
+  // x: already scaled to +-query_max.
+  static void store_query(std::byte* p, const Float x[2]) {
+    for (int i = 0; i < 2; ++i) Simd::store_s16(p + 2 * i * Simd::kLanes, Simd::round_to_word(x[i]));
+  }
+};
+
+}  // namespace
+}  // namespace flashmla
