@@ -284,14 +284,15 @@ def _register(name: str, arguments: list[str]) -> None:
         ctx.settings = {setting: given[setting] for setting in _SETTINGS}
 
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        needed = dict(zip(arguments, ctx.needs_input_grad, strict=True))
+        # Arguments at their defaults may be missing at the end.
+        needed = dict(zip(arguments, ctx.needs_input_grad, strict=False))
         needs = [needed.get(argument, False) for argument in _DIFFERENTIABLE]
         saved = dict(zip(_TENSORS, ctx.saved_tensors, strict=True))
         gradients = ops.mla_attention_backward(
             grad_out, grad_lse, **saved, **ctx.settings, needs=needs
         )
         found = dict(zip(_DIFFERENTIABLE, gradients, strict=True))
-        return tuple(found[name] if needed[name] and name in found else None for name in arguments)
+        return tuple(found[name] if needed[name] and name in found else None for name in needed)
 
     torch.library.register_autograd(f"flashmla::{name}", backward, setup_context=setup_context)
 
