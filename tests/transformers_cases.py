@@ -1,8 +1,11 @@
-"""Small models of every MLA family of the installed transformers, found by what their code contains.
+"""Small models of every MLA family of the installed transformers, found by what their code
+contains.
 
-A family is a modeling file that defines ``expand_kv``. Its config is shrunk by the names that such configs
-share; the few things a family needs beyond that (layer patterns, a vision part) are in ``_SPECIAL``. The
-structure stays real: sparse layers select fewer keys than there are, sliding windows slide, dims differ.
+A family is a modeling file that defines ``expand_kv``. Its config is shrunk by the names that such
+configs share; the few things a family needs beyond that (layer patterns, a vision part) are in
+``_SPECIAL``. The
+structure stays real: sparse layers select fewer keys than there are, sliding windows slide, dims
+differ.
 """
 
 from __future__ import annotations
@@ -117,7 +120,9 @@ def families() -> tuple[str, ...]:
     """Names of the model folders whose modeling file defines ``expand_kv``."""
     root = Path(transformers.__file__).parent / "models"
     files = root.glob("*/modeling_*.py")
-    return tuple(sorted(f.parent.name for f in files if "def expand_kv" in f.read_text(encoding="utf-8")))
+    return tuple(
+        sorted(f.parent.name for f in files if "def expand_kv" in f.read_text(encoding="utf-8"))
+    )
 
 
 def model_class(family: str) -> type[transformers.PreTrainedModel]:
@@ -155,3 +160,11 @@ def small_model(family: str, seed: int = 0, **overrides: Any) -> transformers.Pr
 
 def mla_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [module for module in model.modules() if hasattr(type(module), "expand_kv")]
+
+
+TINY_MODEL = Path(__file__).resolve().parents[1] / "examples" / "tiny_model"
+
+
+def tiny_model() -> transformers.PreTrainedModel:
+    """The trained byte-level model of the repository, in float32."""
+    return transformers.AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype=torch.float32).eval()

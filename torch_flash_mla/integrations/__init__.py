@@ -1,1 +1,1 @@
-"""Integrations with model libraries. Each one is imported by its own name, so that none is required."""
+"""Integrations with model libraries, each imported by its own name: none is required."""

@@ -1,23 +1,24 @@
 """The attention function that transformers calls for a patched layer: its arguments -> one op call.
 
-A patched layer hands over its *compressed* keys: ``expand_kv`` is replaced by :func:`passthrough`, so ``key``
-is the latent ``[B, 1, S, L]`` and ``value`` the rotary key ``[B, 1, S, R]``. They come from
+A patched layer hands over its *compressed* keys: ``expand_kv`` is replaced by :func:`passthrough`,
+so ``key`` is the latent ``[B, 1, S, L]`` and ``value`` the rotary key ``[B, 1, S, R]``. They are
 
-* an :class:`MLACache`: NaN carriers that point to the pages of the layer (see ``_mla_cache.py``);
-* any cache of transformers, or none: the tensors themselves, read in place in the two-tensor form.
+* carriers of an MLACache, NaN tensors that point to the pages of the layer (``_mla_cache.py``);
+* or the tensors themselves, from any cache of transformers or from none: read in place, in the
+  two-tensor form.
 
-Nothing here branches on lengths or on values of masks: a graph compiled for decoding stays one graph.
+Nothing here branches on lengths or on the values of masks, so a graph compiled for decoding stays
+one graph. (A query of one token and one of many differ in shape, which specialises it anyway.)
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -26,31 +27,44 @@ from torch_flash_mla import ops
 from torch_flash_mla.integrations._mla_cache import cache_layer_of
 from torch_flash_mla.integrations._weights import has_active_dropout, kv_b_weight
 
-ATTENTION_NAME = "mla_cpu"  # transformers treats any name with "flash" in it as one of its own
+ATTENTION_NAME = "mla_cpu"  # transformers takes any name with "flash" in it for one of its own
+
+AttentionModule: TypeAlias = Any  # an nn.Module of transformers; MLA ones have kv_b_proj, expand_kv
+Mask: TypeAlias = Tensor | BlockMask | None
 
 
 @dataclass
 class PatchState:
-    """What a patched module was before: kept on the module, so it follows deepcopy and pickling."""
+    """What a patched module was before. Kept on the module, so deepcopy and pickling take it along.
 
-    config: PreTrainedConfig  # the model's own config object, not a copy: later changes stay visible
+    Attributes:
+        config: the model's own config object, not a copy: later changes of it stay visible.
+    """
+
+    config: PreTrainedConfig
 
 
 def passthrough(kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
-    """Stands in for ``expand_kv``: the compressed ``[B, 1, S, L]``, ``[B, 1, S, R]`` reach the attention function."""
+    """Stands in for ``expand_kv``: [B, 1, S, L] and [B, 1, S, R] go on as they are."""
     return kv_nope, k_rot
 
 
-def patch_state(module: nn.Module) -> PatchState | None:
+def patch_state(module: AttentionModule) -> PatchState | None:
+    """The state that ``patch`` left on a module, None for an unpatched one."""
     return module.__dict__.get("_torch_flash_mla")
 
 
+def is_mla(module: AttentionModule) -> bool:
+    """Whether a module is an MLA layer that caches the latent: it has the two parts we rely on."""
+    return callable(getattr(type(module), "expand_kv", None)) and hasattr(module, "kv_b_proj")
+
+
 def mla_attention_forward(
-    module: nn.Module,
+    module: AttentionModule,
     query: Tensor,  # [B, H, Sq, P + R]
     key: Tensor,  # [B, 1, S, L] latent; [B, H, S, P + R] where the module still expands
     value: Tensor,  # [B, 1, S, R] rotary key; [B, H, S, V] where the module still expands
-    attention_mask: Tensor | BlockMask | None,
+    attention_mask: Mask,
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
@@ -60,52 +74,51 @@ def mla_attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one layer, in the calling convention of transformers' attention interface.
 
-    Returns ``(out [B, Sq, H, V], weights)``; weights is None except where the stock path computed them.
-    Raises NotImplementedError for continuous batching (``cache=``) and for position biases, ValueError for
-    softcap: none of them has a meaning here that could be ignored safely.
+    Dropout and requested attention weights take the stock path, over keys expanded for that call.
+
+    Returns:
+        out: [B, Sq, H, V], dtype of ``query``.
+        weights: those of the stock path if it computes them, else None.
+
+    Raises:
+        NotImplementedError: continuous batching (``cache=``) or a position bias.
+        ValueError: softcap. None of these could be ignored without wrong results.
     """
-    _refuse_unsupported(kwargs)
     state = patch_state(module)
-    live_config = module.config if state is None else state.config
-    wants_weights = kwargs.get("output_attentions", getattr(live_config, "output_attentions", False))
+    config = module.config if state is None else state.config
+    wants_weights = bool(
+        kwargs.get("output_attentions", getattr(config, "output_attentions", False))
+    )
+    stock_kwargs = {**kwargs, "scaling": scaling, "dropout": dropout}
+    stock_kwargs |= {} if is_causal is None else {"is_causal": is_causal}
+    stock_kwargs |= {} if s_aux is None else {"s_aux": s_aux}
+    name = config._attn_implementation
+    if name in (None, ATTENTION_NAME):
+        name = "eager" if wants_weights or s_aux is not None else "sdpa"
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
 
+    if is_mla(module):
+        _refuse_unsupported(kwargs)
+    mask = _fold_indices(attention_mask, indices, query, key, is_causal)
     if module.__dict__.get("expand_kv") is not passthrough:
-        # Selected by name, without patch(): this call got expanded keys, the next one will not.
+        # Selected by name, without patch(): this call came with expanded keys, the next will not.
         if is_mla(module):
             module.expand_kv = passthrough
-        mask = _fold_indices(attention_mask, indices, key.shape[2], query, is_causal)
-        name = "eager" if wants_weights or s_aux is not None else "sdpa"
-        extra = {**kwargs, "is_causal": is_causal, "s_aux": s_aux, "dropout": dropout, "scaling": scaling}
-        return _stock_attention(module, name, query, key, value, mask, extra)
-
-    mask = _fold_indices(attention_mask, indices, key.shape[2], query, is_causal)
+        return _stock_attention(module, name, query, key, value, mask, is_causal, stock_kwargs)
     if dropout > 0.0 or wants_weights or has_active_dropout(module.kv_b_proj):
         cached = cache_layer_of(key)
         if cached is not None:
             key, value = cached.gather(key.shape[2], query.dtype)
         key, value = type(module).expand_kv(module, key, value)
-        name = getattr(live_config, "_attn_implementation", None) or "sdpa"
-        if name == ATTENTION_NAME:
-            name = "eager" if wants_weights or s_aux is not None else "sdpa"
-        extra = {**kwargs, "is_causal": is_causal, "s_aux": s_aux, "dropout": dropout, "scaling": scaling}
-        return _stock_attention(module, name, query, key, value, mask, extra)
-
+        return _stock_attention(module, name, query, key, value, mask, is_causal, stock_kwargs)
     if isinstance(mask, BlockMask):
         mask = _dense_block_mask(mask, query, key)
-    return _absorbed_attention(module, query, key, value, mask, scaling, is_causal, s_aux), None
+    return _mla_attention(module, query, key, value, mask, scaling, is_causal, s_aux), None
 
 
-def is_mla(module: nn.Module) -> bool:
-    """Whether a module is an MLA attention layer that caches the latent: it has the two parts we rely on."""
-    return callable(getattr(type(module), "expand_kv", None)) and isinstance(
-        getattr(module, "kv_b_proj", None), nn.Module
-    )
-
-
-def _absorbed_attention(
-    module: nn.Module,
+def _mla_attention(
+    module: AttentionModule,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -114,20 +127,21 @@ def _absorbed_attention(
     is_causal: bool,
     s_aux: Tensor | None,
 ) -> Tensor:
-    """One call of ``mla_attention_kv_b`` over pages or over plain tensors: out ``[B, Sq, H, V]``."""
-    heads, head_dim = query.shape[1], query.shape[3]
-    weight = kv_b_weight(module.kv_b_proj, heads, key.shape[3], query.dtype)  # [H, P + V, L]
+    """One call of ``mla_attention_kv_b`` over pages or plain tensors: out [B, Sq, H, V]."""
+    heads, q_length, head_dim = query.shape[1:]
+    latent_dim, rope_dim = key.shape[3], value.shape[3]
+    weight = kv_b_weight(module.kv_b_proj, heads, latent_dim, query.dtype)  # [H, P + V, L]
     cached = cache_layer_of(key)
     if cached is not None:
-        kv_cache, k_pe_cache = cached.kv_cache(), None
+        kv_cache, k_pe_cache, kv_cache_dtype = cached.kv_cache(), None, cached.kv_cache_dtype
         block_table, cache_seqlens = cached.block_table(), cached.cache_seqlens()
-        kv_cache_dtype = cached.kv_cache_dtype
     else:
-        if mask is None and query.shape[2] > 1:
-            # Without a mask the queries are the first tokens, whatever buffer a static cache returns.
-            key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-        kv_cache, block_table, kv_cache_dtype = key[:, 0], None, "auto"
-        k_pe_cache = value[:, 0].to(key.dtype) if value.shape[3] else None
+        if mask is None and q_length > 1:
+            # No mask: the queries are the first tokens, even if a static cache returns more keys.
+            key, value = key[:, :, :q_length], value[:, :, :q_length]
+        kv_cache, kv_cache_dtype = key[:, 0], "auto"
+        k_pe_cache = value[:, 0].to(key.dtype) if rope_dim else None
+        block_table = None
         cache_seqlens = torch.full((key.shape[0],), key.shape[2], dtype=torch.int32)
     out, _ = ops.mla_attention_kv_b(
         query.transpose(1, 2),
@@ -135,9 +149,9 @@ def _absorbed_attention(
         block_table,
         cache_seqlens,
         weight,
-        weight.shape[1] - (head_dim - value.shape[3]),  # V = (P + V) - P
+        weight.shape[1] - (head_dim - rope_dim),  # V = (P + V) - P
         head_dim**-0.5 if scaling is None else scaling,
-        causal=mask is None and is_causal,  # a mask of transformers already holds causality
+        causal=mask is None and is_causal,  # the masks of transformers contain causality
         attn_mask=mask,
         attn_sink=None if s_aux is None else s_aux.float(),
         k_pe_cache=k_pe_cache,
@@ -147,47 +161,53 @@ def _absorbed_attention(
 
 
 def _stock_attention(
-    module: nn.Module,
+    module: AttentionModule,
     name: str,
     query: Tensor,  # [B, H, Sq, P + R]
     key: Tensor,  # [B, H, S, P + R]
     value: Tensor,  # [B, H, S, V]
-    mask: Tensor | BlockMask | None,
+    mask: Mask,
+    is_causal: bool,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """The implementation ``name`` of transformers over expanded keys, exactly as the unpatched layer calls it."""
-    eager: Callable | None = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if name == "eager":
-        if mask is None and kwargs["is_causal"] and query.shape[2] > 1:
-            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()[None, None]
+    """The implementation ``name`` of transformers, called as the unpatched layer calls it."""
+    if name == "eager":  # adds its mask to the logits and needs one for causality
+        if mask is None and is_causal and query.shape[2] > 1:
+            mask = _causal(query, key.shape[2])
         if isinstance(mask, Tensor) and mask.dtype == torch.bool:
             lowest = torch.finfo(query.dtype).min
             mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill(~mask, lowest)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
     return attention(module, query, key, value, mask, **kwargs)
 
 
 def _fold_indices(
-    mask: Tensor | BlockMask | None, indices: Tensor | None, kv_length: int, query: Tensor, is_causal: bool
-) -> Tensor | BlockMask | None:
-    """``mask`` AND "is one of the selected positions": bool or additive ``[B, 1, Sq, S]``."""
+    mask: Mask, indices: Tensor | None, query: Tensor, key: Tensor, is_causal: bool
+) -> Mask:
+    """``mask`` AND "is one of the selected positions": bool or additive [B, 1, Sq, S]."""
     if indices is None:
         return mask
-    batch, q_length = query.shape[0], query.shape[2]
-    slots = torch.where(indices < 0, kv_length, indices).long()  # skipped entries go to an extra column
-    keep = torch.zeros(batch, q_length, kv_length + 1, dtype=torch.bool)
-    keep = keep.scatter(-1, slots, True)[:, None, :, :kv_length]
     if isinstance(mask, BlockMask):
-        raise NotImplementedError("sparse MLA layers do not combine with flex_attention's BlockMask")
+        raise NotImplementedError("sparse MLA layers do not combine with a flex_attention mask")
+    batch, q_length, kv_length = query.shape[0], query.shape[2], key.shape[2]
+    column = torch.where(indices < 0, kv_length, indices).long()  # skipped ones: an extra column
+    keep = torch.zeros(batch, q_length, kv_length + 1, dtype=torch.bool)
+    keep = keep.scatter(-1, column, True)[:, None, :, :kv_length]
     if mask is None:
-        return keep & torch.ones_like(keep).tril() if is_causal and q_length > 1 else keep
+        return keep & _causal(query, kv_length) if is_causal and q_length > 1 else keep
     if mask.dtype == torch.bool:
         return mask & keep
     return mask.masked_fill(~keep, torch.finfo(mask.dtype).min)
 
 
+def _causal(query: Tensor, kv_length: int) -> Tensor:
+    """What no mask means for several queries: bool [1, 1, Sq, S], causal from the first key on."""
+    return torch.ones(1, 1, query.shape[2], kv_length, dtype=torch.bool).tril()
+
+
 def _dense_block_mask(mask: BlockMask, query: Tensor, key: Tensor) -> Tensor:
-    """The bool ``[B, H or 1, Sq, S]`` mask that a flex_attention BlockMask stands for."""
+    """The bool mask [B, 1 or H, Sq, S] that a mask of flex_attention stands for."""
     batch, heads = mask.shape[:2]
     return create_mask(mask.mask_mod, batch, heads, query.shape[2], key.shape[2], device="cpu")
 
@@ -195,8 +215,8 @@ def _dense_block_mask(mask: BlockMask, query: Tensor, key: Tensor) -> Tensor:
 def _refuse_unsupported(kwargs: dict[str, Any]) -> None:
     if kwargs.get("cache") is not None:
         raise NotImplementedError(
-            "continuous batching (generate_batch, PagedAttentionCache) is not supported by torch_flash_mla: "
-            "its paged cache holds expanded keys and values. Call unpatch(model) first, or use generate()."
+            "continuous batching (generate_batch, PagedAttentionCache) keeps expanded keys and is "
+            "not supported by torch_flash_mla: call unpatch(model) first, or use generate()"
         )
     if kwargs.get("position_bias") is not None:
         raise NotImplementedError("position_bias is not supported by torch_flash_mla")

@@ -1,12 +1,14 @@
-"""MLACache: a transformers Cache that keeps the latents of MLA layers in pages, in a format of this package.
+"""MLACache: a transformers Cache that keeps the latents of MLA layers in pages.
 
-The layers of one model share a :class:`~torch_flash_mla.cache.PagedLatentCache`: its first layer (the *leader*)
-reserves room for a step and does what concerns whole sequences (reorder, crop, select); the others only write
-their rows. Layers that are not MLA (sliding window, linear attention, shared KV) stay those of transformers.
+The layers of one model share a :class:`~torch_flash_mla.cache.PagedLatentCache`: its first layer
+(the *leader*) reserves room for a step and does what concerns whole sequences (reorder, crop,
+select); the others only write their rows. Layers that are not MLA (sliding window, linear
+attention, shared KV) stay those of transformers.
 
-``update()`` has to return tensors, but the pages are no tensors of a shape that transformers knows. It returns
-*carriers*: NaN tensors of the expected shape that take no memory and point to their cache layer. The attention
-function of a patched layer follows the pointer; an unpatched one yields NaN instead of silent garbage.
+``update()`` has to return tensors, but the pages are no tensors of a shape that transformers knows.
+It returns *carriers*: NaN tensors of the expected shape that take no memory and point to their
+cache layer. The attention function of a patched layer follows the pointer; an unpatched one yields
+NaN instead of silent garbage.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ def cache_layer_of(key: Tensor) -> LatentPages | None:
 
 
 class _SharedPages:
-    """The pages of all MLA layers of one cache, allocated when the first layer shows its batch and dtype."""
+    """The pages of all MLA layers of one cache, made when the first rows show batch and dtype."""
 
     def __init__(
         self,
@@ -108,7 +110,7 @@ class LatentPages(CacheLayerMixin):
         return self._paged.cache_seqlens[: self._paged.batch]
 
     def gather(self, max_seqlen: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The cached rows as the plain tensors ``[B, 1, S, L]`` and ``[B, 1, S, R]``, zero beyond each length."""
+        """The cached rows as [B, 1, S, L] and [B, 1, S, R], zero beyond each length."""
         latent, rope = self._paged.latent_dims[self.index], self._paged.rope_dims[self.index]
         rows = ops.gather_cache(
             self.kv_cache(),
@@ -143,7 +145,12 @@ class LatentPages(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Stores ``[B, 1, T, L]`` and ``[B, 1, T, R]``; returns carriers of ``[B, 1, S, L]``, ``[B, 1, S, R]``."""
+        """Stores [B, 1, T, L] and [B, 1, T, R]; returns carriers [B, 1, S, L] and [B, 1, S, R].
+
+        Raises:
+            ValueError: keys with several heads (the layer is not MLA), or not on the CPU; a row
+                that does not fit ``max_cache_len``.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         batch, _, tokens, latent = key_states.shape
@@ -152,7 +159,9 @@ class LatentPages(CacheLayerMixin):
             if paged.batch == 0 and batch > paged.max_batch:  # reset, then used with more sequences
                 paged.reset(batch)
             paged.reserve(batch, tokens)
-        paged.append(self.index, key_states[:, 0].to(paged.dtype), value_states[:, 0].to(paged.dtype))
+        paged.append(
+            self.index, key_states[:, 0].to(paged.dtype), value_states[:, 0].to(paged.dtype)
+        )
         length = self._carrier_length()
         self.keys = self._nan.expand(batch, 1, length, latent)
         self.values = self._nan.expand(batch, 1, length, value_states.shape[3])
@@ -167,11 +176,13 @@ class LatentPages(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last ``-tokens_to_remove`` tokens of every sequence."""
         if tokens_to_remove > 0:
-            raise ValueError(f"crop takes a number of tokens to remove, 0 or negative, got {tokens_to_remove}")
+            raise ValueError(
+                f"crop takes a number of tokens to remove, 0 or negative, got {tokens_to_remove}"
+            )
         if self.is_leader and tokens_to_remove < 0 and self._filled:
             self._paged.truncate((self.cache_seqlens() + tokens_to_remove).clamp(min=0))
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         if self.is_leader and self._filled:
             self._paged.reorder(beam_idx)
 
@@ -217,9 +228,10 @@ class GrowingLatentLayer(LatentPages, DynamicLayer):
 
 
 class FixedLatentLayer(LatentPages, StaticLayer):
-    """``max_cache_len`` tokens at most: nothing but tensor values changes from step to step, so it compiles."""
+    """At most ``max_cache_len`` tokens; a step changes only values of tensors, so it compiles."""
 
-    def get_seq_length(self) -> Tensor | int:
+    def get_seq_length(self) -> Any:
+        """A tensor once there is one, as for a StaticLayer: int32 []."""
         return self._paged.cache_seqlens[0] if self.is_initialized else 0
 
     def _carrier_length(self) -> int:
@@ -227,11 +239,11 @@ class FixedLatentLayer(LatentPages, StaticLayer):
 
 
 class GrowingIndexedLatentLayer(DynamicIndexedLayer, GrowingLatentLayer):
-    """With the keys of a sparse-attention indexer beside the latents, kept as transformers keeps them."""
+    """Has the keys of a sparse-attention indexer too, kept as transformers keeps them."""
 
 
 class FixedIndexedLatentLayer(StaticIndexedLayer, FixedLatentLayer):
-    """With the keys of a sparse-attention indexer beside the latents, kept as transformers keeps them."""
+    """Has the keys of a sparse-attention indexer too, kept as transformers keeps them."""
 
     is_croppable = False
 
@@ -239,19 +251,21 @@ class FixedIndexedLatentLayer(StaticIndexedLayer, FixedLatentLayer):
 class MLACache(Cache):
     """A cache for ``generate()`` and ``model.forward`` of a patched model.
 
-    It stores values, not the graph that made them: train without a cache, or with one of transformers.
+    It stores values, not the graph that made them: train without a cache, or with one of
+    transformers.
 
     Args:
         config: the model's config (or that of its text part): decides which layers are replaced.
         kv_cache_dtype: "auto" (the rows keep their dtype) or a packed format such as "q8_kv".
-        max_cache_len: None grows as needed; a number allocates room for that many tokens at the first use,
-            which makes the cache compilable (``is_compileable``).
+        max_cache_len: None grows as needed; a number allocates room for that many tokens at the
+            first use, which makes the cache compilable (``is_compileable``).
         block_size: tokens per page.
         dtype: element type of unpacked rows; None takes that of the first rows that come.
         layers: indices of the MLA layers; None takes every layer with full or indexed attention.
 
     Raises:
-        ValueError: no layer of the config can be replaced; a size or format that cannot be.
+        ValueError: at the first use: a size, format or dtype that cannot be, or layers that turn
+            out not to be MLA.
     """
 
     def __init__(
@@ -264,25 +278,25 @@ class MLACache(Cache):
         layers: Iterable[int] | None = None,
     ) -> None:
         text_config = config.get_text_config(decoder=True)
+        arguments: dict[str, int] = {}
+        ours: dict[type, type[LatentPages]]
         if max_cache_len is None:
             stock = DynamicCache(config=text_config).layers
-            plain, indexed, kwargs = GrowingLatentLayer, GrowingIndexedLatentLayer, {}
-            plain_stock, indexed_stock = DynamicLayer, DynamicIndexedLayer
+            ours = {
+                DynamicLayer: GrowingLatentLayer,
+                DynamicIndexedLayer: GrowingIndexedLatentLayer,
+            }
         else:
-            # Whole pages, so that masks, carriers and pages agree on the width.
+            # Whole pages: masks, carriers and pages then agree on the width.
             max_cache_len = -(-max_cache_len // block_size) * block_size
+            arguments["max_cache_len"] = max_cache_len
             stock = StaticCache(text_config, max_cache_len).layers
-            plain, indexed, kwargs = FixedLatentLayer, FixedIndexedLatentLayer, {"max_cache_len": max_cache_len}
-            plain_stock, indexed_stock = StaticLayer, StaticIndexedLayer
-        wanted = range(len(stock)) if layers is None else set(layers)
-        replaced = [
-            i for i, layer in enumerate(stock) if i in wanted and type(layer) in (plain_stock, indexed_stock)
-        ]
-        if not replaced:
-            raise ValueError(f"no layer of {type(text_config).__name__} caches full attention: nothing to page")
+            ours = {StaticLayer: FixedLatentLayer, StaticIndexedLayer: FixedIndexedLatentLayer}
+        wanted = set(range(len(stock)) if layers is None else layers)
+        replaced = [i for i, layer in enumerate(stock) if i in wanted and type(layer) in ours]
         self.pages = _SharedPages(len(replaced), dtype, kv_cache_dtype, block_size, max_cache_len)
         for index, i in enumerate(replaced):
-            layer = (indexed if type(stock[i]) is indexed_stock else plain)(**kwargs)
+            layer = ours[type(stock[i])](**arguments)
             layer.attach(self.pages, index)
             stock[i] = layer
         super().__init__(layers=stock)

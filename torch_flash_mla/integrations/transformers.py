@@ -7,8 +7,9 @@
     report = patch(model, kv_cache_dtype="q8_kv")  # print(report) shows what happened to each layer
     model.generate(**inputs)                        # pages of 8-bit latents, no expanded keys
 
-``patch`` changes two attributes of each MLA layer (``expand_kv`` and ``config``) and how ``generate()`` makes its
-cache. Weights, state_dict, masks and every other layer stay as they are; ``unpatch`` takes it back.
+``patch`` changes two attributes of each MLA layer (``expand_kv`` and ``config``) and how
+``generate()`` makes its cache. Weights, state_dict, masks and every other layer stay as they are;
+``unpatch`` takes it back.
 
     patch / patched / unpatch  ->  _attention.py (one call of the op)  ->  torch.ops.flashmla
                                    _mla_cache.py (pages), _weights.py (kv_b_proj)
@@ -37,15 +38,16 @@ _VERSION = Version(Version(transformers.__version__).base_version)
 if _VERSION < _OLDEST:
     raise ImportError(
         f"torch_flash_mla.integrations.transformers needs transformers >= {_OLDEST}, found "
-        f"{transformers.__version__}: earlier releases cache expanded keys and values, not the latent"
+        f"{transformers.__version__}: earlier releases cache expanded keys, not the latent"
     )
 
 from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
 from transformers.masking_utils import sdpa_mask  # noqa: E402
 
-from torch_flash_mla.formats import PACKED_FORMATS  # noqa: E402
+from torch_flash_mla.formats import PACKED_FORMATS, row_bytes  # noqa: E402
 from torch_flash_mla.integrations._attention import (  # noqa: E402
     ATTENTION_NAME,
+    AttentionModule,
     PatchState,
     is_mla,
     mla_attention_forward,
@@ -92,23 +94,28 @@ class PatchReport:
     def __str__(self) -> str:
         rows = [("layer", "status", "reason")] + [(x.name, x.status, x.reason) for x in self.layers]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            for row in rows
+        ]
         lines.insert(1, "  ".join("-" * width for width in widths))
         lines.append(f"{len(self.patched)} of {len(self.layers)} attention layers patched")
         return "\n".join(line.rstrip() for line in lines)
 
 
 class _CacheForGeneration:
-    """Stands in for ``model._prepare_cache_for_generation``: supplies an MLACache where nothing else was asked.
+    """Stands in for ``model._prepare_cache_for_generation``: an MLACache where nothing was asked.
 
     An object and not a closure, so that the model can still be pickled and deep-copied.
     """
 
-    def __init__(self, model: nn.Module, kv_cache_dtype: str) -> None:
+    def __init__(self, model: Any, kv_cache_dtype: str) -> None:
         self.model = model
         self.kv_cache_dtype = kv_cache_dtype
 
-    def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def __call__(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
         stock = type(self.model)._prepare_cache_for_generation
         explicit = (
             model_kwargs.get("past_key_values") is not None
@@ -128,32 +135,38 @@ class _CacheForGeneration:
 def patch(model: nn.Module, kv_cache_dtype: str = "auto", strict: bool = True) -> PatchReport:
     """Lets the MLA layers of ``model`` run on this package's attention, in place.
 
-    Afterwards ``generate()`` without ``past_key_values`` keeps the history in an :class:`MLACache`; an explicit
-    cache or ``cache_implementation`` wins, and caches of transformers are read in place. Patching again only
-    changes the format. Layers are recognised by structure, so every MLA family of transformers is covered,
-    wrapped models (PEFT) included.
+    Afterwards ``generate()`` without ``past_key_values`` keeps the history in an :class:`MLACache`;
+    an explicit cache or ``cache_implementation`` wins, and caches of transformers are read in
+    place. Patching again only changes the format. Layers are recognised by structure, so every MLA
+    family of transformers is covered, wrapped models (PEFT) included.
 
     Args:
         model: a transformers model, or a module that contains one.
-        kv_cache_dtype: format of that MLACache: "auto" (dtype of the model) or a packed format ("q8_kv", ...).
-        strict: raise when an MLA layer cannot be patched or there is none. Otherwise only the report tells.
+        kv_cache_dtype: format of that MLACache: "auto" (dtype of the model) or a packed format
+            ("q8_kv", ...).
+        strict: raise when an MLA layer cannot be patched or there is none. Otherwise only the
+            report tells.
 
     Returns:
         PatchReport: one row per attention layer.
 
     Raises:
-        ValueError: ``kv_cache_dtype`` is unknown, or (strict) nothing, or not everything, could be patched; the
-            model is unchanged then.
+        ValueError: ``kv_cache_dtype`` is unknown; or, if strict, something could not be patched or
+            there was nothing to patch. The model is unchanged then.
     """
     if kv_cache_dtype != "auto" and kv_cache_dtype not in PACKED_FORMATS:
-        raise ValueError(f"kv_cache_dtype: got {kv_cache_dtype!r}, expected auto, {', '.join(PACKED_FORMATS)}")
+        raise ValueError(
+            f"kv_cache_dtype: got {kv_cache_dtype!r}, expected auto, {', '.join(PACKED_FORMATS)}"
+        )
     if os.environ.get("TORCH_FLASH_MLA_DISABLE", "") not in ("", "0"):
-        rows = [LayerReport(n, STOCK, "TORCH_FLASH_MLA_DISABLE is set") for n, m in _attention_layers(model)]
-        return PatchReport(tuple(rows), kv_cache_dtype)
+        reason = "TORCH_FLASH_MLA_DISABLE is set"
+        disabled = (LayerReport(name, STOCK, reason) for name, _ in _attention_layers(model))
+        return PatchReport(tuple(disabled), kv_cache_dtype)
 
-    rows, accepted = [], []
+    rows: list[LayerReport] = []
+    accepted: list[AttentionModule] = []
     for name, module in _attention_layers(model):
-        status, reason = _verdict(module)
+        status, reason = _verdict(module, kv_cache_dtype)
         rows.append(LayerReport(name, status, reason))
         if status == PATCHED:
             accepted.append(module)
@@ -179,6 +192,7 @@ def patch(model: nn.Module, kv_cache_dtype: str = "auto", strict: bool = True) -
 
 def unpatch(model: nn.Module) -> None:
     """Takes :func:`patch` back; a model that is not patched stays as it is."""
+    module: AttentionModule
     for module in model.modules():
         state = patch_state(module)
         if state is not None:
@@ -190,8 +204,13 @@ def unpatch(model: nn.Module) -> None:
 
 
 @contextmanager
-def patched(model: nn.Module, kv_cache_dtype: str = "auto", strict: bool = True) -> Iterator[PatchReport]:
-    """``with patched(model) as report:`` patches inside of the block only. A patched model stays patched."""
+def patched(
+    model: nn.Module, kv_cache_dtype: str = "auto", strict: bool = True
+) -> Iterator[PatchReport]:
+    """``with patched(model) as report:`` patches inside of the block only.
+
+    A model that was patched before stays so. Arguments and errors are those of :func:`patch`.
+    """
     before = [g.__dict__.get("_prepare_cache_for_generation") for g in _generators(model)]
     was_patched = any(patch_state(module) is not None for module in model.modules())
     try:
@@ -204,32 +223,43 @@ def patched(model: nn.Module, kv_cache_dtype: str = "auto", strict: bool = True)
                 generator._prepare_cache_for_generation = prepare
 
 
-def _attention_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def _attention_layers(model: nn.Module) -> list[tuple[str, AttentionModule]]:
     """MLA layers, and whatever else looks like the attention of a decoder layer."""
     return [
         (name, module)
         for name, module in model.named_modules()
-        if hasattr(module, "kv_b_proj") or ("Attention" in type(module).__name__ and hasattr(module, "layer_idx"))
+        if hasattr(module, "kv_b_proj")
+        or ("Attention" in type(module).__name__ and hasattr(module, "layer_idx"))
     ]
 
 
-def _generators(model: nn.Module) -> list[nn.Module]:
-    """The modules whose ``generate`` makes caches (one, unless models are nested)."""
-    return [m for m in model.modules() if hasattr(type(m), "_prepare_cache_for_generation")]
+def _generators(model: nn.Module) -> list[Any]:
+    """The models in ``model`` (usually one) whose ``generate`` makes caches for MLA layers."""
+    return [
+        m
+        for m in model.modules()
+        if hasattr(type(m), "_prepare_cache_for_generation") and any(map(is_mla, m.modules()))
+    ]
 
 
-def _verdict(module: nn.Module) -> tuple[str, str]:
+def _verdict(module: AttentionModule, kv_cache_dtype: str) -> tuple[str, str]:
     """(status, reason) of one attention layer."""
     if not hasattr(module, "kv_b_proj"):
         return STOCK, "no latent keys"
     if not is_mla(module):
-        return FAILED, f"{type(module).__name__} has no expand_kv: it caches expanded keys (remote code?)"
+        name = type(module).__name__
+        return FAILED, f"{name} has no expand_kv: it caches expanded keys (remote code?)"
     if getattr(module, "indexer", None) is not None and _VERSION < _OLDEST_SPARSE:
-        return FAILED, f"sparse MLA needs transformers >= {_OLDEST_SPARSE}, found {transformers.__version__}"
+        return FAILED, f"sparse MLA needs transformers >= {_OLDEST_SPARSE}, found {_VERSION}"
     tensors = [*module.kv_b_proj.parameters(), *module.kv_b_proj.buffers()]
     device = next((t.device.type for t in tensors if t.device.type not in ("cpu", "meta")), None)
     if device is not None:
         return FAILED, f"its weights are on {device}; the attention runs on the CPU"
     if any(t.dtype == torch.float64 for t in tensors):
         return FAILED, "float64 is not supported; use float32, bfloat16 or float16"
+    if kv_cache_dtype != "auto":
+        try:
+            row_bytes(kv_cache_dtype, module.kv_lora_rank, module.qk_rope_head_dim)
+        except ValueError as error:
+            return FAILED, str(error)
     return PATCHED, "already patched" if patch_state(module) is not None else "MLA"
