@@ -26,27 +26,6 @@ namespace {
 
 constexpr float kLn2 = 0.69314718055994531f;
 
-template <class Simd>
-void store_row(ScalarType type, const float* from, int32_t count, std::byte* to) {
-  int32_t i = 0;
-  const int64_t size = type == ScalarType::kF32 ? 4 : 2;
-  for (; i + Simd::kLanes <= count; i += Simd::kLanes) {
-    const auto x = Simd::load(from + i);
-    switch (type) {
-      case ScalarType::kF32: Simd::store(reinterpret_cast<float*>(to) + i, x); break;
-      case ScalarType::kBf16: Simd::store_bf16(to + i * size, x); break;
-      case ScalarType::kF16: Simd::store_f16(to + i * size, x); break;
-    }
-  }
-  for (; i < count; ++i) {
-    switch (type) {
-      case ScalarType::kF32: reinterpret_cast<float*>(to)[i] = from[i]; break;
-      case ScalarType::kBf16: reinterpret_cast<uint16_t*>(to)[i] = float_to_bf16(from[i]); break;
-      case ScalarType::kF16: reinterpret_cast<uint16_t*>(to)[i] = float_to_f16(from[i]); break;
-    }
-  }
-}
-
 // Divides by the sum, puts the dims back in order and writes the rows out; or, for a partial result, into its slot:
 // [rows][L] f32 and [rows] log-sum-exp.
 template <class Simd, class Arithmetic>
@@ -81,9 +60,21 @@ void finish(const AttentionParams& p, BlockShape shape, const WorkItem& item, co
       __builtin_memcpy(part + static_cast<int64_t>(r) * latent, row, static_cast<size_t>(latent) * 4);
     } else {
       std::byte* to = p.out.data + item.sequence * p.out.stride[0] + token * p.out.stride[1] + head * p.out.stride[2];
-      store_row<Simd>(p.q_type, row, latent, to);
+      store_values<Simd>(p.q_type, row, latent, to);
     }
   }
+}
+
+// The visible positions among entries [begin, end) of the index list of the item's query token. Returns their number.
+inline int32_t list_positions(const AttentionParams& p, const WorkItem& item, int32_t begin, int32_t end, int32_t* positions) {
+  const int32_t token = item.row_begin / p.heads;
+  const KeyRange keys = visible_to_token(p, item.sequence, token);
+  const int32_t* list = p.indices + item.sequence * p.indices_stride[0] + token * p.indices_stride[1];
+  int32_t count = 0;
+  for (int32_t i = begin; i < end; ++i) {
+    if (list[i] >= keys.begin && list[i] < keys.end) positions[count++] = list[i];
+  }
+  return count;
 }
 
 template <class Simd, class Arithmetic>
@@ -120,9 +111,13 @@ void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, St
     // Tiles end at multiples of the tile length, so that their pages of 16 tokens are whole but for the first and the last.
     int32_t next = (at / shape.tile + 1) * shape.tile;
     if (next > end) next = end;
-    const Tile tile = tiles(at, next, end);
-    const bool edge = at < all_begin || next > all_end || tile.tokens != tile.valid;
-    if (holes) fill_bias(p, item, at, tile.tokens, rows, s);
+    const int32_t count = p.indices ? list_positions(p, item, at, next, s.positions) : next - at;
+    const Tile tile = p.indices ? tiles.gather(s.positions, at, count) : tiles(at, next, end);
+    const bool edge = (!p.indices && (at < all_begin || next > all_end)) || tile.tokens != tile.valid;
+    if (holes) {
+      for (int32_t t = 0; !p.indices && t < count; ++t) s.positions[t] = at + t;
+      fill_bias(p, item, count, tile.tokens, rows, s);
+    }
     score<Simd, Arithmetic>(tile, vectors, s, tile.key[0].group[0] != s.staged);
     soften<Simd, Arithmetic>(tile, scale, edge, holes ? s.bias : nullptr, vectors, s);
     accumulate<Simd, Arithmetic>(tile, used, rows, layout.value, s);
@@ -154,7 +149,6 @@ void merge(const AttentionParams& p, BlockShape shape, const MergeItem& item, co
     const float total = p.attn_sink && !none ? sum + expf(p.attn_sink[head] - most) : sum;
     std::byte* to = p.out.data + item.sequence * p.out.stride[0] + token * p.out.stride[1] + head * p.out.stride[2];
     constexpr int32_t kChunk = 512;
-    const int64_t size = p.q_type == ScalarType::kF32 ? 4 : 2;
     for (int32_t d0 = 0; d0 < latent; d0 += kChunk) {
       float x[kChunk] = {};
       const int32_t n = latent - d0 < kChunk ? latent - d0 : kChunk;
@@ -164,7 +158,7 @@ void merge(const AttentionParams& p, BlockShape shape, const MergeItem& item, co
         const float* from = first + i * slot + static_cast<int64_t>(r) * latent + d0;
         for (int32_t d = 0; d < n; ++d) x[d] += weight * from[d];
       }
-      store_row<Simd>(p.q_type, x, n, to + d0 * size);
+      store_values<Simd>(p.q_type, x, n, to + d0 * size_of(p.q_type));
     }
   }
 }

@@ -2,6 +2,7 @@
 // one enumerator in params.h.
 #pragma once
 #include "kernels/formats/float.h"
+#include "kernels/formats/q4_kv.h"
 #include "kernels/formats/q6_0.h"
 #include "kernels/formats/q8_0.h"
 #include "kernels/formats/q8_kv.h"
@@ -17,7 +18,8 @@ using CacheFormats = FormatList<F32Format,   //
                                 F16Format,   //
                                 Q8Kv,        //
                                 Q8_0,        //
-                                Q6_0>;
+                                Q6_0,        //
+                                Q4Kv>;
 
 }  // namespace
 }  // namespace flashmla

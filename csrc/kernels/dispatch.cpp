@@ -127,4 +127,12 @@ bool force_isa(const char* name) {
 
 const char* isa_environment_error() { return state().environment_error; }
 
+const char* kernel_compiler() {
+#ifdef __clang__
+  return "clang " __clang_version__;
+#else
+  return "g++ " __VERSION__;
+#endif
+}
+
 }  // namespace flashmla

@@ -18,4 +18,7 @@ bool force_isa(const char* name);
 // True when FLASHMLA_ISA was set at load to something unknown or unavailable (the ops raise on the first call).
 const char* isa_environment_error();
 
+// Name and version of the compiler that built the kernels.
+const char* kernel_compiler();
+
 }  // namespace flashmla

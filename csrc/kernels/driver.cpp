@@ -5,10 +5,8 @@
 #include <cmath>
 #include <limits>
 
-#include "kernels/codec.h"
 #include "kernels/kernel_table.h"
 #include "kernels/numeric.h"
-#include "kernels/slots.h"
 
 namespace flashmla {
 namespace {
@@ -22,17 +20,18 @@ void run(const Executor& executor, int64_t count, const Body& body) {
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// Row-wise work goes to threads in chunks of rows, when there is enough of it.
+// Row-wise work goes to threads in ranges of rows, when there is enough of it.
 template <class Body>
 void run_rows(const Executor& executor, int64_t rows, const Body& body) {
   constexpr int64_t kLeast = 64;
-  const int64_t chunks = std::clamp<int64_t>(rows / kLeast, 1, executor.workers);
-  run(executor, chunks, [&](int64_t i) {
-    for (int64_t r = rows * i / chunks; r < rows * (i + 1) / chunks; ++r) body(r);
-  });
+  const int64_t ranges = std::clamp<int64_t>(rows / kLeast, 1, executor.workers);
+  run(executor, ranges, [&](int64_t i) { body(rows * i / ranges, rows * (i + 1) / ranges); });
 }
 
-int64_t size_of(ScalarType type) { return type == ScalarType::kF32 ? 4 : 2; }
+float* row_scratch(const Executor& executor, const CacheView& cache) {
+  const size_t floats = static_cast<size_t>(cache.latent) + static_cast<size_t>(cache.rope);
+  return reinterpret_cast<float*>(executor.scratch(0, floats * sizeof(float)));
+}
 
 float load_scalar(ScalarType type, const std::byte* p, int64_t i) {
   if (type == ScalarType::kF32) return reinterpret_cast<const float*>(p)[i];
@@ -70,48 +69,20 @@ void attention(const AttentionParams& p, Plan& plan, const Executor& executor) {
 }
 
 void append(const AppendParams& p, const Executor& executor) {
-  const CacheView& cache = p.cache;
-  const Codec& codec = codec_of(cache.format);
-  const size_t floats = static_cast<size_t>(cache.latent) + static_cast<size_t>(cache.rope);
-  run_rows(executor, p.tokens, [&](int64_t i) {
-    const int64_t slot = p.slot_mapping[i];
-    if (slot < 0) return;
-    auto* latent = reinterpret_cast<float*>(executor.scratch(0, floats * sizeof(float)));
-    float* rope = latent + cache.latent;
-    const std::byte* kv_c = p.kv_c + i * p.kv_c_stride;
-    for (int32_t d = 0; d < cache.latent; ++d) latent[d] = load_scalar(p.type, kv_c, d);
-    if (cache.rope > 0) {
-      const std::byte* k_pe = p.k_pe + i * p.k_pe_stride;
-      for (int32_t d = 0; d < cache.rope; ++d) rope[d] = load_scalar(p.type, k_pe, d);
-    }
-    const int64_t block = slot / cache.block_size, offset = slot % cache.block_size;
-    codec.encode(latent, cache.latent, rope, cache.rope,
-                 cache.kv_c.data + block * cache.kv_c.block_stride + offset * cache.kv_c.token_stride,
-                 cache.k_pe.data + block * cache.k_pe.block_stride + offset * cache.k_pe.token_stride);
+  run_rows(executor, p.tokens, [&](int64_t begin, int64_t end) {
+    kernels().append_rows(p, begin, end, row_scratch(executor, p.cache));
   });
 }
 
 void gather(const GatherParams& p, const Executor& executor) {
-  const CacheView& cache = p.cache;
-  const Codec& codec = codec_of(cache.format);
-  const int64_t width = static_cast<int64_t>(cache.latent) + cache.rope;
-  run_rows(executor, p.batch * p.max_seqlen, [&](int64_t i) {
-    const int64_t sequence = i / p.max_seqlen, token = i % p.max_seqlen;
-    std::byte* out = p.out + i * width * size_of(p.out_type);
-    if (token >= p.cache_seqlens[sequence]) {
-      std::fill_n(out, width * size_of(p.out_type), std::byte{0});
-      return;
-    }
-    const RowAddress row = Slots(cache, static_cast<int32_t>(sequence))[static_cast<int32_t>(token)];
-    auto* x = reinterpret_cast<float*>(executor.scratch(0, static_cast<size_t>(width) * sizeof(float)));
-    codec.decode(row.kv_c, row.k_pe, cache.latent, cache.rope, x, x + cache.latent);
-    for (int64_t d = 0; d < width; ++d) store_scalar(p.out_type, out, d, x[d]);
+  run_rows(executor, p.batch * p.max_seqlen, [&](int64_t begin, int64_t end) {
+    kernels().gather_rows(p, begin, end, row_scratch(executor, p.cache));
   });
 }
 
 void merge_states(const MergeParams& p, const Executor& executor) {
   constexpr float kNone = -std::numeric_limits<float>::infinity();
-  run_rows(executor, static_cast<int64_t>(p.batch) * p.q_len * p.heads, [&](int64_t i) {
+  auto merge_row = [&](int64_t i) {
     const int64_t b = i / p.heads / p.q_len, s = i / p.heads % p.q_len, h = i % p.heads;
     auto at = [&](const QueryRows& q) { return q.data + b * q.stride[0] + s * q.stride[1] + h * q.stride[2]; };
     auto lse_at = [&](const int64_t* stride) { return b * stride[0] + h * stride[1] + s * stride[2]; };
@@ -130,6 +101,9 @@ void merge_states(const MergeParams& p, const Executor& executor) {
       if (wb != 0) x += wb / total * load_scalar(p.type, c, d);
       store_scalar(p.type, out, d, x);
     }
+  };
+  run_rows(executor, static_cast<int64_t>(p.batch) * p.q_len * p.heads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) merge_row(i);
   });
 }
 

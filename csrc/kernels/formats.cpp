@@ -1,8 +1,7 @@
-// formats.cpp: the list of formats as data, and the scalar codecs behind append and gather.
+// formats.cpp: the list of formats as data.
 #include "kernels/formats.h"
 
 #include "kernels/cache_format.h"
-#include "kernels/codec.h"
 
 namespace flashmla {
 namespace {
@@ -12,18 +11,12 @@ constexpr FormatInfo info() {
   return {Format::kName, Format::kFormat, Format::kPacked, Format::kMultiple, &Format::row_bytes};
 }
 
-template <class Format>
-constexpr Codec codec() {
-  return {&Format::encode, &Format::decode};
-}
-
 template <class List>
 struct Tables;
 template <class... Formats>
 struct Tables<FormatList<Formats...>> {
   static constexpr int kCount = sizeof...(Formats);
   static constexpr FormatInfo kInfo[kCount] = {info<Formats>()...};
-  static constexpr Codec kCodec[kCount] = {codec<Formats>()...};
 
   static constexpr bool in_order() {
     for (int i = 0; i < kCount; ++i) {
@@ -50,7 +43,5 @@ const FormatInfo* find_format(const char* name, size_t length) {
 }
 
 const FormatInfo& format_info(CacheFormat format) { return All::kInfo[static_cast<int>(format)]; }
-
-const Codec& codec_of(CacheFormat format) { return All::kCodec[static_cast<int>(format)]; }
 
 }  // namespace flashmla

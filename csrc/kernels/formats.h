@@ -1,4 +1,4 @@
-// formats.h: the list of cache formats: name, row size, and the scalar encode / decode that define each format.
+// formats.h: the list of cache formats: name, storage and row size.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/arithmetic_id.h"
 #include "kernels/params.h"
 #include "kernels/plan.h"
 
@@ -18,8 +19,13 @@ struct KernelTable {
   // Executes one item. `partials`: plan.partials * partial_floats; `scratch`: scratch_bytes, private to the thread.
   void (*attend)(const AttentionParams& p, BlockShape shape, const WorkItem& item, float* partials, std::byte* scratch);
   void (*merge)(const AttentionParams& p, BlockShape shape, const MergeItem& item, const float* partials);
+  // Rows [begin, end) of an append or of a gather; `row`: L + R floats of scratch.
+  void (*append_rows)(const AppendParams& p, int64_t begin, int64_t end, float* row);
+  void (*gather_rows)(const GatherParams& p, int64_t begin, int64_t end, float* row);
   // Name of the arithmetic that computes a format for a query type: f32, bf16, int8, int16.
   const char* (*arithmetic)(CacheFormat format, ScalarType query);
+  // Dot products on registers alone, to measure what the instructions can do: the flop done, 0 if there are none (roof.h).
+  int64_t (*spin)(ArithmeticId arithmetic, int64_t iterations);
 };
 
 // The table in use.

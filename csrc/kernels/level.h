@@ -3,6 +3,8 @@
 #include "kernels/attention.h"
 #include "kernels/cache_format.h"
 #include "kernels/kernel_table.h"
+#include "kernels/rows.h"
+#include "kernels/roof.h"
 #include "kernels/simd/concept.h"
 
 namespace flashmla {
@@ -88,7 +90,8 @@ struct Level {
   }
 
   static constexpr KernelTable table(const char* name) {
-    return {name, block_shape, scratch_bytes, partial_floats, attend, merge<Simd>, arithmetic};
+    return {name, block_shape, scratch_bytes, partial_floats, attend, merge<Simd>, append_rows<Simd>, gather_rows<Simd>,
+            arithmetic, spin<Simd>};
   }
 };
 

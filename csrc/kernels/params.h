@@ -11,10 +11,12 @@ namespace flashmla {
 
 enum class ScalarType : uint8_t { kF32, kBf16, kF16 };
 
+[[gnu::always_inline]] constexpr inline int64_t size_of(ScalarType type) { return type == ScalarType::kF32 ? 4 : 2; }
+
 enum class MaskType : uint8_t { kNone, kBool, kF32, kBf16, kF16 };
 
 // How a row of the cache is stored. The list with names and sizes is formats.h.
-enum class CacheFormat : uint8_t { kF32, kBf16, kF16, kQ8Kv, kQ8_0, kQ6_0 };
+enum class CacheFormat : uint8_t { kF32, kBf16, kF16, kQ8Kv, kQ8_0, kQ6_0, kQ4Kv };
 
 // A paged cache tensor: token t of block b starts at data + b * block_stride + t * token_stride.
 struct PagedRows {
@@ -61,6 +63,11 @@ struct AttentionParams {
   MaskType mask_type;
   const std::byte* mask;   // [B, H, Sq, S], columns contiguous, or null
   int64_t mask_stride[3];  // bytes, of B, H, Sq (0: broadcast)
+
+  const int32_t* indices;     // [B, Sq, topk]: the positions a query token may see, others are skipped; or null
+  int64_t indices_stride[2];  // entries, of B, Sq
+  int32_t topk;
+  const int32_t* topk_length;  // [B]: leading entries of each list that count; or null
 
   const float* attn_sink;  // [H] or null
 

@@ -48,11 +48,14 @@ class Emitter {
 
 template <class Visit>
 void for_each_block(const AttentionParams& p, BlockShape shape, Visit visit) {
-  const int64_t rows = static_cast<int64_t>(p.heads) * p.q_len;
+  // Index lists differ from token to token: the rows of a block share one.
+  const int32_t rows = p.heads * p.q_len, span = p.indices ? p.heads : rows;
   for (int32_t b = 0; b < p.batch; ++b) {
-    for (int64_t r = 0; r < rows; r += shape.rows) {
-      const auto begin = static_cast<int32_t>(r), end = static_cast<int32_t>(std::min(rows, r + shape.rows));
-      visit(Block{b, begin, end, visible_keys(p, b, begin / p.heads, (end - 1) / p.heads + 1)});
+    for (int32_t r = 0; r < rows; r += span) {
+      for (int32_t begin = r; begin < r + span; begin += shape.rows) {
+        const int32_t end = std::min(r + span, begin + shape.rows);
+        visit(Block{b, begin, end, visible_keys(p, b, begin / p.heads, (end - 1) / p.heads + 1)});
+      }
     }
   }
 }
@@ -116,6 +119,7 @@ void plan_balanced(const AttentionParams& p, BlockShape shape, int32_t workers, 
 }  // namespace
 
 KeyRange visible_keys(const AttentionParams& p, int32_t sequence, int32_t token_begin, int32_t token_end) {
+  if (p.indices) return {0, listed(p, sequence)};
   // Both ends grow with the token, so the first and the last token bound the block.
   const KeyRange first = visible_to_token(p, sequence, token_begin), last = visible_to_token(p, sequence, token_end - 1);
   if (last.begin >= last.end) return {0, 0};

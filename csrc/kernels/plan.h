@@ -13,7 +13,8 @@ struct BlockShape {
   int32_t tile;  // tokens per tile
 };
 
-// One block of query rows of one sequence against one range of keys. Row r is query token r / H, head r % H.
+// One block of query rows of one sequence against one range of keys. Row r is query token r / H, head r % H. With index lists
+// a block belongs to one query token and the range counts entries of its list.
 struct WorkItem {
   int32_t sequence;
   int32_t row_begin, row_end;
@@ -36,7 +37,8 @@ struct Plan {
   int32_t partials = 0;
 };
 
-// Keys that at least one row of a block can see by length, causality, left padding and window (masks narrow it later).
+// Keys that at least one row of a block can see by length, causality, left padding and window (masks narrow it later); or,
+// with index lists, entries of the list.
 struct KeyRange {
   int32_t begin, end;
 };

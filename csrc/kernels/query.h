@@ -3,10 +3,10 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "kernels/formats/float.h"
 #include "kernels/params.h"
 #include "kernels/plan.h"
 #include "kernels/scratch.h"
+#include "kernels/values.h"
 
 namespace flashmla {
 namespace {
@@ -24,15 +24,6 @@ template <class Simd>
   return width;
 }
 
-template <class Simd>
-void widen_query(ScalarType type, const std::byte* from, int32_t count, int32_t padded, float* to) {
-  switch (type) {
-    case ScalarType::kF32: return widen_values<Simd, F32Element>(from, count, padded, to);
-    case ScalarType::kBf16: return widen_values<Simd, Bf16Element>(from, count, padded, to);
-    case ScalarType::kF16: return widen_values<Simd, F16Element>(from, count, padded, to);
-  }
-}
-
 [[gnu::always_inline]] inline const std::byte* query_row(const QueryRows& q, int32_t sequence, int32_t token, int32_t head) {
   return q.data + sequence * q.stride[0] + token * q.stride[1] + head * q.stride[2];
 }
@@ -44,12 +35,12 @@ void encode_query(ScalarType type, const std::byte* from, int32_t count, std::by
   constexpr int kChunk = 512;  // values widened at a time
   float wide[kChunk];
   float inverse = 1;
-  const int64_t size = type == ScalarType::kF32 ? 4 : 2;
+  const int64_t size = size_of(type);
   if constexpr (Arithmetic::kScaled) {
     auto most = Simd::zero();
     for (int32_t at = 0; at < count; at += kChunk) {
       const int32_t n = count - at < kChunk ? count - at : kChunk;
-      widen_query<Simd>(type, from + at * size, n, round_up(n, Simd::kLanes), wide);
+      load_values<Simd>(type, from + at * size, n, round_up(n, Simd::kLanes), wide);
       for (int32_t i = 0; i < n; i += Simd::kLanes) most = Simd::max(most, Simd::abs(Simd::load(wide + i)));
     }
     const float m = Simd::reduce_max(most);
@@ -60,7 +51,7 @@ void encode_query(ScalarType type, const std::byte* from, int32_t count, std::by
   auto finite = Simd::zero();  // NaN once a value is not finite
   for (int32_t at = 0; at < count; at += kChunk) {
     const int32_t n = count - at < kChunk ? count - at : kChunk;
-    widen_query<Simd>(type, from + at * size, n, round_up(n, kVector), wide);
+    load_values<Simd>(type, from + at * size, n, round_up(n, kVector), wide);
     for (int32_t i = 0; i < n; i += kVector) {
       typename Simd::Float x[Arithmetic::kGroup];
       for (int v = 0; v < Arithmetic::kGroup; ++v) {

@@ -25,6 +25,7 @@ struct Scratch {
   int32_t* query_sum[2];    // [rows] per segment: start value of the accumulators
   int32_t* first;           // [rows]: keys [first, limit) are visible
   int32_t* limit;           // [rows]
+  int32_t* positions;       // [tile]: cache positions of the tokens of a tile
 };
 
 // Floats of one partial result: [rows][L] values and [rows] log-sum-exp.
@@ -61,6 +62,7 @@ size_t lay_out(const RowLayout& layout, BlockShape shape, std::byte* base, Scrat
   }
   s.first = reinterpret_cast<int32_t*>(take(rows * 4));
   s.limit = reinterpret_cast<int32_t*>(take(rows * 4));
+  s.positions = reinterpret_cast<int32_t*>(take(tile * 4));
   return used;
 }
 

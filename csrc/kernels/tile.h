@@ -37,10 +37,15 @@ class Tiles {
       : cache_(cache), slots_(cache, sequence), layout_(layout), stage_(stage), direct_(direct),
         row_scale_(row_scale), scratch_(scratch) {}
 
+  // The tile of the tokens at `positions`, in that order, as if they stood at [begin, begin + count).
+  Tile gather(const int32_t* positions, int32_t begin, int32_t count) const {
+    return staged_tile(begin, begin + count, begin + count, [=](int32_t t) { return positions[t - begin]; });
+  }
+
   // The tile of positions [begin, end); `next_end` bounds what may be prefetched.
   Tile operator()(int32_t begin, int32_t end, int32_t next_end) const {
     const bool whole = begin % kPage == 0 && end % kPage == 0;
-    return direct_ && whole ? direct_tile(begin, end, next_end) : staged_tile(begin, end, next_end);
+    return direct_ && whole ? direct_tile(begin, end, next_end) : staged_tile(begin, end, next_end, [](int32_t t) { return t; });
   }
 
  private:
@@ -68,7 +73,8 @@ class Tiles {
     return finish(tile);
   }
 
-  Tile staged_tile(int32_t begin, int32_t end, int32_t next_end) const {
+  template <class Position>
+  Tile staged_tile(int32_t begin, int32_t end, int32_t next_end, Position position) const {
     constexpr int32_t kAhead = 8;  // rows
     Tile tile = {};
     tile.begin = begin;
@@ -76,8 +82,8 @@ class Tiles {
     tile.tokens = round_up(tile.valid, kPage);
     std::byte* row = scratch_;
     for (int32_t t = begin; t < end; ++t, row += layout_.stride) {
-      if (t + kAhead < next_end) prefetch_row(slots_[t + kAhead]);
-      const RowAddress from = slots_[t];
+      if (t + kAhead < next_end) prefetch_row(slots_[position(t + kAhead)]);
+      const RowAddress from = slots_[position(t)];
       stage_(from.kv_c, from.k_pe, layout_, row);
     }
     // Padding rows are zero, scales included (0 * NaN would be NaN).

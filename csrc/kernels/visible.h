@@ -24,5 +24,11 @@ namespace {
   return {static_cast<int32_t>(begin), static_cast<int32_t>(end)};
 }
 
+// Entries of the index list of a sequence that count.
+[[maybe_unused]] inline int32_t listed(const AttentionParams& p, int32_t sequence) {
+  const int32_t length = p.topk_length ? p.topk_length[sequence] : p.topk;
+  return length < p.topk ? length : p.topk;
+}
+
 }  // namespace
 }  // namespace flashmla

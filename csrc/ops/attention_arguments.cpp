@@ -74,6 +74,32 @@ Tensor check_mask(const Tensor& attn_mask, const AttentionParams& p, int32_t lon
   return mask;
 }
 
+// Entries of the lists need no check: the kernels skip what no query may see.
+void check_indices(const AttentionArguments& a, Attention& attention) {
+  AttentionParams& p = attention.params;
+  check_tensor(*a.indices, "indices");
+  check_dtype(*a.indices, "indices", at::kInt);
+  check_rank(*a.indices, "indices", 3, "[B, Sq, topk]");
+  check_shape(*a.indices, "indices", {p.batch, p.q_len, a.indices->size(2)}, "[B, Sq, topk]");
+  p.topk = check_int32(a.indices->size(2), "indices.size(2)");
+  const bool rows_contiguous = p.topk <= 1 || a.indices->stride(2) == 1;
+  attention.indices = rows_contiguous ? *a.indices : a.indices->contiguous();
+  // The kernels tell a sparse call by the pointer, which empty lists do not have.
+  static const int32_t kNothing = -1;
+  p.indices = p.topk > 0 ? attention.indices.const_data_ptr<int32_t>() : &kNothing;
+  for (int d = 0; d < 2; ++d) p.indices_stride[d] = attention.indices.stride(d);
+  if (!a.topk_length.has_value()) return;
+  check_tensor(*a.topk_length, "topk_length");
+  check_dtype(*a.topk_length, "topk_length", at::kInt);
+  check_shape(*a.topk_length, "topk_length", {p.batch}, "[B]");
+  attention.topk_length = a.topk_length->contiguous();
+  p.topk_length = attention.topk_length.const_data_ptr<int32_t>();
+  for (int64_t b = 0; b < p.batch; ++b) {
+    TORCH_CHECK_VALUE(p.topk_length[b] >= 0 && p.topk_length[b] <= p.topk, "topk_length[", b,
+                      "]: ", p.topk_length[b], ", expected 0 to ", p.topk, " (indices.size(2))");
+  }
+}
+
 }  // namespace
 
 Queries split_queries(const Tensor& q, const OptionalTensor& q_pe, int64_t main_width) {
@@ -98,8 +124,6 @@ Queries split_queries(const Tensor& q, const OptionalTensor& q_pe, int64_t main_
 }
 
 Attention check_attention(const AttentionArguments& a, const Queries& queries, int64_t latent) {
-  refuse(a.indices, "indices", "sparse attention is");
-  refuse(a.topk_length, "topk_length", "sparse attention is");
   refuse(a.cu_seqlens_q, "cu_seqlens_q", "queries of ragged length are");
   Attention attention = {};
   AttentionParams& p = attention.params;
@@ -132,6 +156,9 @@ Attention check_attention(const AttentionArguments& a, const Queries& queries, i
     p.mask = bytes(mask);
     attention.attn_mask = mask;
   }
+  if (a.indices.has_value()) check_indices(a, attention);
+  TORCH_CHECK_VALUE(a.indices.has_value() || !a.topk_length.has_value(),
+                    "topk_length: given without indices, expected None");
   if (a.attn_sink.has_value()) {
     check_tensor(*a.attn_sink, "attn_sink");
     check_dtype(*a.attn_sink, "attn_sink", at::kFloat);

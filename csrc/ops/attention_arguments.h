@@ -45,6 +45,8 @@ struct Attention {
   Sequences sequences;
   Tensor cache_leftpad;
   Tensor attn_mask;
+  Tensor indices;
+  Tensor topk_length;
   Tensor attn_sink;
 };
 

@@ -10,14 +10,14 @@ namespace {
 
 constexpr int kBlock = 32;
 
+// NaN if any value is not finite. Magnitudes are compared as integers, which order like floats and which compilers vectorise.
 [[maybe_unused]] inline float absolute_maximum(const float* x, int count) {
-  float most = 0;
+  uint32_t most = 0;
   for (int i = 0; i < count; ++i) {
-    const float magnitude = __builtin_fabsf(x[i]);
-    if (!(magnitude <= most)) most = magnitude;  // NaN and infinity stay
-    if (!(most < __builtin_inff())) return __builtin_nanf("");
+    const uint32_t magnitude = float_bits(x[i]) & 0x7fffffff;
+    most = most > magnitude ? most : magnitude;
   }
-  return most;
+  return most < 0x7f800000 ? bits_float(most) : __builtin_nanf("");
 }
 
 // Nearest integer (ties to even) of a value known to be small.

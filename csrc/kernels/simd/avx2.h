@@ -173,9 +173,15 @@ struct Avx2 {
 
   // 32 (4 * kLanes) packed codes: one block of 32.
   static constexpr int kBytes = 32;
+  static Word unpack4(const std::byte* const nibbles[1]) {
+    const Word n = _mm256_broadcastsi128_si256(load128(nibbles[0]));
+    return _mm256_and_si256(_mm256_srlv_epi64(n, _mm256_set_epi64x(4, 4, 0, 0)), _mm256_set1_epi8(15));
+  }
+  static Word look_up4(const std::byte* const nibbles[1], const int8_t table[16]) {
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load128(table)), unpack4(nibbles));
+  }
   static Word unpack6(const std::byte* const nibbles[1], const std::byte* const high[1]) {
-    Word n = _mm256_broadcastsi128_si256(load128(nibbles[0]));
-    n = _mm256_and_si256(_mm256_srlv_epi64(n, _mm256_set_epi64x(4, 4, 0, 0)), _mm256_set1_epi8(15));
+    const Word n = unpack4(nibbles);
     int64_t bits;
     __builtin_memcpy(&bits, high[0], 8);
     Word h = _mm256_srlv_epi64(_mm256_set1_epi64x(bits), _mm256_set_epi64x(6, 4, 2, 0));

@@ -184,20 +184,29 @@ struct Avx512 {
 
   // 64 (4 * kLanes) packed codes: two blocks of 32.
   static constexpr int kBytes = 64;
-  // Six-bit codes (0..63) of two blocks: 16 bytes of nibbles and 8 bytes of high bits each.
-  static Word unpack6(const std::byte* const nibbles[2], const std::byte* const high[2]) {
+  // Four-bit codes of two blocks of 16 bytes: low nibbles, then high ones.
+  static Word unpack4(const std::byte* const nibbles[2]) {
     __m512i n = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(nibbles[0])));
     n = _mm512_inserti64x2(n, _mm_loadu_si128(reinterpret_cast<const __m128i*>(nibbles[1])), 1);
     n = _mm512_permutexvar_epi64(_mm512_set_epi64(3, 2, 3, 2, 1, 0, 1, 0), n);
-    n = _mm512_srlv_epi64(n, _mm512_set_epi64(4, 4, 0, 0, 4, 4, 0, 0));
+    n = _mm512_and_si512(_mm512_srlv_epi64(n, _mm512_set_epi64(4, 4, 0, 0, 4, 4, 0, 0)), _mm512_set1_epi8(15));
+    return n;
+  }
+  // Six-bit codes (0..63) of two blocks: 16 bytes of nibbles and 8 bytes of high bits each.
+  static Word unpack6(const std::byte* const nibbles[2], const std::byte* const high[2]) {
+    const __m512i n = unpack4(nibbles);
     int64_t h0, h1;
     __builtin_memcpy(&h0, high[0], 8);
     __builtin_memcpy(&h1, high[1], 8);
     __m512i h = _mm512_mask_blend_epi64(0xf0, _mm512_set1_epi64(h0), _mm512_set1_epi64(h1));
     h = _mm512_srlv_epi64(h, _mm512_set_epi64(6, 4, 2, 0, 6, 4, 2, 0));
-    n = _mm512_and_si512(n, _mm512_set1_epi8(15));
     h = _mm512_slli_epi16(_mm512_and_si512(h, _mm512_set1_epi8(3)), 4);
     return _mm512_or_si512(n, h);
+  }
+  // Four-bit codes replaced by their entry of a table.
+  static Word look_up4(const std::byte* const nibbles[2], const int8_t table[16]) {
+    const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(entries), unpack4(nibbles));
   }
   // (code - bias) * factor / 8192, rounded, as int8; one factor (< 4 * 8192) per block of 32 codes.
   static Word rescale8(Word codes, int bias, const int32_t factor[2]) {

@@ -11,8 +11,9 @@
 //   dot_bf16, pair_bf16   with kBf16Dot: f32 dot of bf16 pairs; words of (low, high) rounded to bf16
 //   dot_s16, widen8,      with kInt16Dot: int32 dot of int16 pairs; 2 * kLanes byte codes as int16;
 //   sub16, rescale16      (code << kShift) * factor / 2^15, rounded
-//   dot_u8s8, unpack6,    with kInt8Dot: int32 dot of four codes; kBytes six-bit codes from their planes;
-//   rescale8              (code - bias) * factor / 8192 as int8
+//   dot_u8s8              with kInt8Dot: int32 dot of four codes, the first unsigned
+//   unpack4, unpack6      with either integer dot: kBytes codes of four or six bits from their planes
+//   look_up4, rescale8    four-bit codes through a table; (code - bias) * factor / 8192 as int8
 #pragma once
 #include <concepts>
 #include <cstddef>
@@ -52,6 +53,11 @@ concept SimdVocabulary = requires(typename S::Float f, typename S::Word w, typen
     S::interleave16(w, w, ws);
     S::restore16(fs);
   };
+  requires !(S::kInt8Dot || S::kInt16Dot) || requires(const int8_t* table) {
+    { S::unpack6(planes, planes) } -> std::same_as<typename S::Word>;
+    { S::look_up4(planes, table) } -> std::same_as<typename S::Word>;
+    { S::rescale8(w, 0, factor) } -> std::same_as<typename S::Word>;
+  };
   requires !S::kInt16Dot || requires {
     { S::dot_s16(w, w, w) } -> std::same_as<typename S::Word>;
     { S::widen8(cv, 0) } -> std::same_as<typename S::Word>;
@@ -63,8 +69,6 @@ concept SimdVocabulary = requires(typename S::Float f, typename S::Word w, typen
   };
   requires !S::kInt8Dot || requires {
     { S::dot_u8s8(w, w, w) } -> std::same_as<typename S::Word>;
-    { S::unpack6(planes, planes) } -> std::same_as<typename S::Word>;
-    { S::rescale8(w, 0, factor) } -> std::same_as<typename S::Word>;
     S::interleave8(w, w, w, w, ws);
     S::restore8(fs);
     S::store_s8(v, w);
