@@ -136,7 +136,7 @@ def operator_library():
         extra_compile_args={"cxx": compile_args},
         extra_link_args=link_args,
         extra_objects=[str(ARCHIVE)],
-        depends=[str(ARCHIVE), exports],
+        depends=[str(ARCHIVE), exports, *map(str, (ROOT / "csrc").rglob("*.h"))],
         py_limited_api=True,
     )
     # torch's own headers are not held to our warnings.

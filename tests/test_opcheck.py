@@ -158,6 +158,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "window+leftpad": {"window": 5, "cache_leftpad": torch.tensor([2, 0, 1], dtype=torch.int32)},
     "bool mask": {"attn_mask": torch.arange(3 * 24).view(3, 24) % 5 != 0},
     "float mask": {"attn_mask": torch.linspace(-2, 2, 24)},
+    "indices": {
+        "indices": torch.tensor([2, 0, -1, 9, 20, 8, 1, 4], dtype=torch.int32).expand(3, 3, 8),
+        "topk_length": torch.tensor([8, 4, 8], dtype=torch.int32),
+    },
 }
 
 

@@ -30,6 +30,8 @@ def _backward(
     causal: bool,
     attn_mask: Tensor | None,
     cache_leftpad: Tensor | None,
+    indices: Tensor | None,
+    topk_length: Tensor | None,
     attn_sink: Tensor | None,
     q_pe: Tensor | None,
     k_pe_cache: Tensor | None,
@@ -68,6 +70,9 @@ def _backward(
         for begin in range(0, q_len, chunk):
             tokens = slice(begin, min(begin + chunk, q_len))
             bias = _bias(b, tokens, q_len, length, causal, window, leftpad, attn_mask)
+            if indices is not None:
+                chosen = indices[b, tokens, : None if topk_length is None else int(topk_length[b])]
+                bias = bias.masked_fill(~_listed(chosen, length).unsqueeze(1), -torch.inf)
             q_main = q[b, tokens, :, :main].float()
             q_rope = (q[b, tokens, :, main:] if q_pe is None else q_pe[b, tokens]).float()
             q_latent = q_main if w_uk is None else torch.einsum("shp,hpl->shl", q_main, w_uk)
@@ -196,6 +201,13 @@ def _bias(
     return bias + mask.float().masked_fill(mask <= lowest, -torch.inf)
 
 
+def _listed(chosen: Tensor, length: int) -> Tensor:
+    """bool [tokens, length]: the positions that each query's list, a row of ``chosen``, names."""
+    valid = (chosen >= 0) & (chosen < length)
+    listed = torch.zeros(chosen.shape[0], length + 1, dtype=torch.bool)
+    return listed.scatter_(1, chosen.where(valid, length).long(), True)[:, :length]
+
+
 def _attention_gradients(
     q: Tensor,
     keys: Tensor,
@@ -266,7 +278,15 @@ _ATTENTION = [
 ]
 _ATTENTION_KV_B = [*_ATTENTION[:4], "w_kv_b", *_ATTENTION[4:], "form"]
 _DIFFERENTIABLE = ("q", "kv_cache", "w_kv_b", "attn_sink", "q_pe", "k_pe_cache")
-_TENSORS = (*_DIFFERENTIABLE, "block_table", "cache_seqlens", "attn_mask", "cache_leftpad")
+_TENSORS = (
+    *_DIFFERENTIABLE,
+    "block_table",
+    "cache_seqlens",
+    "attn_mask",
+    "cache_leftpad",
+    "indices",
+    "topk_length",
+)
 _SETTINGS = ("head_dim_v", "softmax_scale", "causal", "window", "kv_cache_dtype")
 
 

@@ -12,6 +12,15 @@ from torch import Tensor
 from torch_flash_mla import _autograd  # noqa: F401
 
 
+def _check_device(name: str, first: Tensor, **others: Tensor | None) -> None:
+    """A meta tensor among real ones would bring torch here, and back without a result."""
+    for other_name, other in others.items():
+        if other is not None and other.device != first.device:
+            raise RuntimeError(
+                f"{other_name}: on device {other.device}, expected {first.device} as {name}"
+            )
+
+
 @torch.library.register_fake("flashmla::mla_attention")
 def _mla_attention(
     q: Tensor,
@@ -32,6 +41,20 @@ def _mla_attention(
     kv_cache_dtype: str = "auto",
     cu_seqlens_q: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    _check_device(
+        "q",
+        q,
+        kv_cache=kv_cache,
+        block_table=block_table,
+        cache_seqlens=cache_seqlens,
+        attn_mask=attn_mask,
+        cache_leftpad=cache_leftpad,
+        indices=indices,
+        topk_length=topk_length,
+        attn_sink=attn_sink,
+        q_pe=q_pe,
+        k_pe_cache=k_pe_cache,
+    )
     return _attention_results(q, head_dim_v)
 
 
@@ -57,6 +80,21 @@ def _mla_attention_kv_b(
     cu_seqlens_q: Tensor | None = None,
     form: str = "auto",
 ) -> tuple[Tensor, Tensor]:
+    _check_device(
+        "q",
+        q,
+        kv_cache=kv_cache,
+        block_table=block_table,
+        cache_seqlens=cache_seqlens,
+        w_kv_b=w_kv_b,
+        attn_mask=attn_mask,
+        cache_leftpad=cache_leftpad,
+        indices=indices,
+        topk_length=topk_length,
+        attn_sink=attn_sink,
+        q_pe=q_pe,
+        k_pe_cache=k_pe_cache,
+    )
     return _attention_results(q, head_dim_v)
 
 
@@ -75,7 +113,14 @@ def _concat_and_cache_mla(
     kv_cache_dtype: str = "auto",
     k_pe_cache: Tensor | None = None,
 ) -> None:
-    return None
+    _check_device(
+        "kv_cache",
+        kv_cache,
+        kv_c=kv_c,
+        k_pe=k_pe,
+        slot_mapping=slot_mapping,
+        k_pe_cache=k_pe_cache,
+    )
 
 
 @torch.library.register_fake("flashmla::gather_cache")
@@ -89,6 +134,7 @@ def _gather_cache(
     kv_cache_dtype: str = "auto",
     max_seqlen: int | None = None,
 ) -> Tensor:
+    _check_device("kv_cache", kv_cache, block_table=block_table, cache_seqlens=cache_seqlens)
     if max_seqlen is None:
         blocks = 1 if block_table is None else block_table.shape[1]
         max_seqlen = blocks * kv_cache.shape[1]
@@ -97,13 +143,14 @@ def _gather_cache(
 
 @torch.library.register_fake("flashmla::copy_blocks")
 def _copy_blocks(kv_cache: Tensor, block_mapping: Tensor) -> None:
-    return None
+    _check_device("kv_cache", kv_cache, block_mapping=block_mapping)
 
 
 @torch.library.register_fake("flashmla::merge_attn_states")
 def _merge_attn_states(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, attn_sink: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
+    _check_device("out_a", out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b, attn_sink=attn_sink)
     return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
 
 
@@ -121,6 +168,8 @@ def _mla_attention_backward(
     causal: bool,
     attn_mask: Tensor | None,
     cache_leftpad: Tensor | None,
+    indices: Tensor | None,
+    topk_length: Tensor | None,
     attn_sink: Tensor | None,
     q_pe: Tensor | None,
     k_pe_cache: Tensor | None,

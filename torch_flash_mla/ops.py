@@ -59,7 +59,9 @@ def mla_attention(
             broadcastable to [B, H, Sq, S] with S >= max(cache_seqlens); column j is cache position
             j. Float values at or below the lowest of their dtype count as minus infinity.
         cache_leftpad: int32 [B], keys at the start of each sequence that nobody sees.
-        indices, topk_length: sparse attention, not implemented yet.
+        indices: int32 [B, Sq, topk], the positions that each query may see, in any order and each
+            at most once; those outside 0 .. length - 1 (-1 by convention) are skipped.
+        topk_length: int32 [B], how many leading entries of the ``indices`` count.
         attn_sink: float32 [H], a logit that joins the softmax sum and has no value.
         q_pe: [B, Sq, H, R], dtype of ``q``.
         k_pe_cache: [num_blocks, block_size, R], dtype of ``kv_cache`` (float formats only).
@@ -262,6 +264,8 @@ def mla_attention_backward(
     causal: bool,
     attn_mask: Tensor | None,
     cache_leftpad: Tensor | None,
+    indices: Tensor | None,
+    topk_length: Tensor | None,
     attn_sink: Tensor | None,
     q_pe: Tensor | None,
     k_pe_cache: Tensor | None,
@@ -292,6 +296,8 @@ def mla_attention_backward(
         causal,
         attn_mask,
         cache_leftpad,
+        indices,
+        topk_length,
         attn_sink,
         q_pe,
         k_pe_cache,
@@ -323,3 +329,31 @@ def set_isa(name: str) -> None:
 def scratch_bytes() -> int:
     """Bytes of scratch memory that all threads hold for the kernels at this moment."""
     return torch.ops.flashmla._scratch_bytes()
+
+
+def kernel_compiler() -> str:
+    """Name and version of the compiler that built the kernels."""
+    return torch.ops.flashmla._compiler()
+
+
+def arithmetic(kv_cache_dtype: str, q_dtype: torch.dtype) -> str:
+    """What computes attention over a format with the instruction set in use.
+
+    Args:
+        kv_cache_dtype: a packed format, or "float32", "bfloat16", "float16".
+        q_dtype: dtype of the queries.
+
+    Returns:
+        "f32", "bf16", "int16" or "int8".
+    """
+    return torch.ops.flashmla._arithmetic(kv_cache_dtype, q_dtype)
+
+
+def roof(arithmetic: str, iterations: int) -> float:
+    """Runs dot products of an arithmetic on registers alone, on every thread, to be timed.
+
+    Returns:
+        The floating point (or integer) operations done: 0 if the instruction set in use has no such
+        product.
+    """
+    return torch.ops.flashmla._roof(arithmetic, iterations)

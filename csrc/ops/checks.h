@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <cstdlib>
 #include <limits>
 
 #include "kernels/dispatch.h"
@@ -86,7 +87,8 @@ inline int32_t check_width(int64_t value, const char* name, int64_t smallest) {
 // FLASHMLA_ISA naming a level that cannot run must not pass unseen.
 inline void check_environment() {
   const char* error = isa_environment_error();
-  TORCH_CHECK_VALUE(error == nullptr, error);
+  TORCH_CHECK_VALUE(error == nullptr, "FLASHMLA_ISA: \"", std::getenv("FLASHMLA_ISA"),
+                    "\": ", error);
 }
 
 inline const std::byte* bytes(const at::Tensor& t) {

@@ -52,8 +52,9 @@ TORCH_LIBRARY(flashmla, m) {
       "_mla_attention_backward(Tensor? grad_out, Tensor? grad_lse, Tensor q, Tensor kv_cache, "
       "Tensor? block_table, Tensor cache_seqlens, Tensor? w_kv_b, int head_dim_v, "
       "float softmax_scale, bool causal, Tensor? attn_mask, Tensor? cache_leftpad, "
-      "Tensor? attn_sink, Tensor? q_pe, Tensor? k_pe_cache, int window, str kv_cache_dtype, "
-      "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? indices, Tensor? topk_length, Tensor? attn_sink, Tensor? q_pe, "
+      "Tensor? k_pe_cache, int window, str kv_cache_dtype, bool[] needs) -> (Tensor, Tensor, "
+      "Tensor, Tensor, Tensor, Tensor)");
 
   // For tests and reports: the instruction set in use, those this machine can run, forcing one (""
   // is the best), and the scratch memory held by all threads.
@@ -61,6 +62,12 @@ TORCH_LIBRARY(flashmla, m) {
   m.def("_isas() -> str[]", &flashmla::isas);
   m.def("_force_isa(str name) -> ()", &flashmla::set_isa);
   m.def("_scratch_bytes() -> int", &flashmla::scratch_bytes);
+
+  // For the benchmark: the kernels' compiler; the arithmetic (f32, bf16, int16, int8) that computes
+  // a format; the flop of its dot products on registers alone, on all threads.
+  m.def("_compiler() -> str", &flashmla::compiler);
+  m.def("_arithmetic(str kv_cache_dtype, ScalarType q) -> str", &flashmla::arithmetic);
+  m.def("_roof(str arithmetic, int iterations) -> float", &flashmla::roof);
 }
 
 TORCH_LIBRARY_IMPL(flashmla, CPU, m) {
