@@ -27,10 +27,12 @@ FORMATS = (*FLOAT_FORMATS, *PACKED_FORMATS)
 # Which arithmetic computes what: packed formats ignore the dtype of the queries, float caches are
 # never read more coarsely than the queries are. What is not listed is F32.
 ARITHMETIC = {
-    ("avx512_vnni", "q8_kv"): "INT8",
-    ("avx512_vnni", "q6_0"): "INT8",
-    ("avx512_bf16", "q8_kv"): "INT8",
-    ("avx512_bf16", "q6_0"): "INT8",
+    **{("avx2", name): "INT16" for name in PACKED_FORMATS},
+    **{("avx2_vnni", name): "INT8" for name in PACKED_FORMATS},
+    **{("avx512_vnni", name): "INT8" for name in PACKED_FORMATS},
+    **{("avx512_bf16", name): "INT8" for name in PACKED_FORMATS},
+    ("avx2_vnni", "q8_0"): "INT16",
+    ("avx512_vnni", "q8_0"): "INT16",
     ("avx512_bf16", "q8_0"): "BF16",
     ("avx512_bf16", "bf16"): "BF16",  # with bf16 queries
 }
@@ -39,13 +41,20 @@ ARITHMETIC = {
 #
 # Float caches, by the dtype of queries and output, against the reference over the same cache:
 FLOAT_ERROR = {torch.bfloat16: 2.5e-3, torch.float16: 5e-4, torch.float32: 1e-5}
+FLOAT_LSE_ERROR = 1e-3  # absolute, in the natural logarithm
 # Packed formats, by arithmetic: ||out - original|| / ||dequantised - original||, where `original`
-# is the reference over the values before they were stored, `dequantised` over the stored ones.
-PACKED_RATIO = {"F32": 1.10, "BF16": 1.10, "INT16": 1.10, "INT8": 2.5}
-# The same ratio for INT8, pooled over many draws, by kind of input.
-INT8_POOLED_RATIO = {"normal": 1.7, "peaky": 1.5, "sink": 2.0}
-# Absolute, in the natural logarithm, against the reference over the stored values:
-LSE_ERROR = {"F32": 1e-3, "BF16": 1e-3, "INT16": 1e-3, "INT8": 0.1}
+# is the reference over the values before they were stored, `dequantised` over the stored ones. One
+# sequence, and pooled over many, by kind of input. (BF16 rounds dequantised values and queries once
+# more, which single draws show more than their pool.)
+PACKED_RATIO = {"F32": 1.10, "INT16": 1.10, "BF16": 1.5, "INT8": 2.5}
+POOLED_RATIO = {
+    "F32": {"normal": 1.01, "peaky": 1.01, "sink": 1.01},
+    "INT16": {"normal": 1.10, "peaky": 1.10, "sink": 1.10},
+    "BF16": {"normal": 1.10, "peaky": 1.10, "sink": 1.10},
+    "INT8": {"normal": 1.7, "peaky": 1.5, "sink": 2.0},
+}
+# Against the reference over the stored values: what rounding queries and keys does to one logit.
+PACKED_LSE_ERROR = {"F32": 1e-3, "INT16": 1e-2, "BF16": 3e-2, "INT8": 0.1}
 # Rounding a result to the output's dtype changes each value by at most this part of it. Added to
 # the bound of packed formats, whose storage error says nothing about the output.
 UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
@@ -373,8 +382,9 @@ def check(problem: Problem, out: Tensor, lse: Tensor) -> None:
     assert (out.transpose(1, 2)[empty] == 0).all(), "rows without keys are exactly 0"
     assert out.isfinite().all()
 
-    lse_error = (lse.double() - expected_lse).masked_fill(empty, 0).abs()
-    assert lse_error.max() <= LSE_ERROR[case.arithmetic], f"lse is off by {lse_error.max():.2e}"
+    lse_error = (lse.double() - expected_lse).masked_fill(empty, 0).abs().max()
+    lse_bound = PACKED_LSE_ERROR[case.arithmetic] if case.packed else FLOAT_LSE_ERROR
+    assert lse_error <= lse_bound, f"lse is off by {lse_error:.2e}"
     for b in range(len(out)):
         actual = out[b].double()
         if case.packed:

@@ -4,6 +4,8 @@ The cases, their tensors and the bounds are in mla_cases.py. By default: a pairw
 sizes, and the error of INT8 over many draws. ``-m exhaustive`` runs the full product of sizes.
 """
 
+import dataclasses
+import functools
 import itertools
 
 import mla_cases
@@ -37,30 +39,31 @@ def test_random_sizes(isa, seed):
     check(problem, *run(case, problem))
 
 
+@functools.cache
+def draws(cache_format: str, kind: str) -> mla_cases.Problem:
+    """50 sequences, each a draw. Queries that bf16 holds: what it would lose is not the question."""
+    case = Case("scalar", cache_format, heads=32)
+    factors = {"peaky": {"q_factor": 3.0}, "sink": {"key_factor": 4.0}}.get(kind, {})
+    problem = make_problem(case, list(range(250, 300)), **factors)
+    problem.arguments["q"] = problem.arguments["q"].bfloat16().float()
+    return problem
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kind", ["normal", "peaky", "sink"])
 @pytest.mark.parametrize("cache_format", mla_cases.PACKED_FORMATS)
-@pytest.mark.parametrize("isa", ISAS)
-def test_pooled_error_of_packed_formats(isa, cache_format, kind):
+def test_pooled_error_of_packed_formats(cache_format, kind, isa):
     """The error of the result is that of the storage, times what the arithmetic adds to it."""
-    squares = torch.zeros(2, dtype=torch.float64)
-    worst = 0.0
-    draws = 50
-    for draw in range(draws):
-        case = Case(isa, cache_format, heads=8, length=256 + draw, q_len=1)
-        factors = {"peaky": {"q_factor": 3.0}, "sink": {"key_factor": 4.0}}.get(kind, {})
-        problem = make_problem(case, [case.length], **factors)
-        out, _ = run(case, problem)
-        original = problem.expected_of_original()[0]
-        error = (out - original).norm()
-        storage = (problem.expected()[0] - original).norm()
-        worst = max(worst, float(error / storage))
-        squares += torch.stack([error, storage]) ** 2
-    pooled = float((squares[0] / squares[1]).sqrt())
-    if case.arithmetic == "INT8":
-        bound = mla_cases.INT8_POOLED_RATIO[kind]
-    else:
-        bound = mla_cases.PACKED_RATIO[case.arithmetic]
-    assert pooled <= bound
+    problem = draws(cache_format, kind)
+    case = dataclasses.replace(problem.case, isa=isa)
+    out, _ = run(case, problem)
+    original, _ = problem.expected_of_original()
+    stored, _ = problem.expected()
+    error = (out - original).square().sum(dim=(1, 2, 3))
+    storage = (stored - original).square().sum(dim=(1, 2, 3))
+    pooled = (error.sum() / storage.sum()).sqrt()
+    worst = (error / storage).sqrt().max()
+    assert pooled <= mla_cases.POOLED_RATIO[case.arithmetic][kind]
     assert worst <= mla_cases.PACKED_RATIO[case.arithmetic]
 
 

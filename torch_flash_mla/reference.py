@@ -312,7 +312,12 @@ def gather_cache(
 
 # Packed formats: the documented bytes of docs/cache_formats.md, little endian
 
-_BLOCK = 32  # values that share one fp16 scale in q8_0 and q6_0
+_BLOCK = 32  # values that share one fp16 scale in q8_0, q6_0 and q4_kv
+# The 16 levels of q4_kv: Lloyd-Max for Gaussian blocks (tools/fit_q4_codebook.py), frozen.
+_LEVELS = torch.tensor(
+    [-127, -96, -74, -57, -42, -29, -17, -6, 6, 17, 29, 42, 57, 74, 96, 127], dtype=torch.float32
+)
+_SCALE_CANDIDATES = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7)
 _F16_MAX = 65504.0
 
 
@@ -336,6 +341,13 @@ def encode_rows(latent: Tensor, rope: Tensor, kv_cache_dtype: str) -> Tensor:
         codes_l, scale_l = _encode_segment(latent)
         codes_r, scale_r = _encode_segment(rope)
         return torch.cat([codes_l, codes_r, _bytes(scale_l), _bytes(scale_r)], dim=-1)
+    if kv_cache_dtype == "q4_kv":
+        index, scales = _encode_levels(latent.unflatten(-1, (-1, _BLOCK)))
+        nibbles = index[..., :16] | index[..., 16:] << 4
+        codes_r, scale_r = _encode_segment(rope)
+        codes_r = (codes_r.to(torch.int16) - 128).to(torch.int8)
+        parts = [nibbles.flatten(-2), _bytes(scales), _bytes(codes_r), _bytes(scale_r)]
+        return torch.cat(parts, dim=-1)
     blocks = torch.cat([latent, rope], dim=-1).unflatten(-1, (-1, _BLOCK))  # [.., D / 32, 32]
     if kv_cache_dtype == "q8_0":
         codes, scales = _encode_blocks(blocks, most=127, low=-127)
@@ -365,6 +377,14 @@ def decode_rows(rows: Tensor, kv_cache_dtype: str, latent_dim: int, rope_dim: in
             [codes[..., :latent_dim] * scales[..., :1], codes[..., latent_dim:] * scales[..., 1:]],
             dim=-1,
         )
+    if kv_cache_dtype == "q4_kv":
+        sizes = [latent_dim // 2, latent_dim // _BLOCK * 2, rope_dim, 4]
+        packed, scales, codes, rope_scale = rows.split(sizes, dim=-1)
+        packed = packed.unflatten(-1, (-1, 16))
+        level = _LEVELS[torch.cat([packed & 15, packed >> 4], dim=-1).long()]
+        latent = level * _from_bytes(scales, torch.float16).float().unsqueeze(-1)
+        rope = _from_bytes(codes, torch.int8).float() * _from_bytes(rope_scale, torch.float32)
+        return torch.cat([latent.flatten(-2), rope], dim=-1)
     scales = _from_bytes(rows[..., size - d // _BLOCK * 2 :], torch.float16).float()
     if kv_cache_dtype == "q8_0":
         codes = _from_bytes(rows[..., :d], torch.int8).float().unflatten(-1, (-1, _BLOCK))
@@ -387,7 +407,8 @@ def _encode_segment(x: Tensor) -> tuple[Tensor, Tensor]:
     """q8_kv: uint8 codes with bias 128 and one float32 scale for all of ``x`` [.., n]."""
     most = _absmax(x)
     usable = most > 1e-30
-    codes = (x * (127 / most)).masked_fill(~usable, 0).round().clamp(-127, 127) + 128
+    inverse = torch.full_like(most, 127) / most  # 127 / tensor would be 127 * (1 / tensor)
+    codes = (x * inverse).masked_fill(~usable, 0).round().clamp(-127, 127) + 128
     scale = (most / 127).masked_fill(most <= 1e-30, 0)
     return codes.to(torch.uint8), scale
 
@@ -402,6 +423,33 @@ def _encode_blocks(blocks: Tensor, most: int, low: int) -> tuple[Tensor, Tensor]
     inverse = 1 / scale.float()
     codes = (blocks * inverse).masked_fill(~usable, 0).round().clamp(low, most)
     return codes.to(torch.int32), scale.squeeze(-1)
+
+
+def _encode_levels(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """q4_kv: uint8 indices into the levels of blocks [.., n, 32], and float16 scales [.., n].
+
+    Of a few scales at and below absmax / 127 the one with the least squared error is kept.
+    """
+    most = _absmax(blocks)
+    best_index = torch.zeros(blocks.shape, dtype=torch.int64)
+    best_scale = most.half()  # NaN where a value is not finite, else replaced
+    least = torch.full_like(most, torch.inf)
+    for number, candidate in enumerate(_SCALE_CANDIDATES):
+        stored = (most / 127 * candidate).clamp(max=_F16_MAX).half()
+        scale = stored.float()
+        inverse = torch.where(scale > 0, 1 / scale, 0)
+        index = ((blocks * inverse).unsqueeze(-1) > (_LEVELS[1:] + _LEVELS[:-1]) / 2).sum(dim=-1)
+        square = (blocks - scale * _LEVELS[index]).square().unflatten(-1, (4, 8))
+        # The order of the sums is the format's: it decides between nearly equal candidates.
+        s = (square[..., 0, :] + square[..., 1, :] + square[..., 2, :]) + square[..., 3, :]
+        even = (s[..., 0] + s[..., 4]) + (s[..., 2] + s[..., 6])
+        error = (even + ((s[..., 1] + s[..., 5]) + (s[..., 3] + s[..., 7]))).unsqueeze(-1)
+        better = (error < least) | torch.tensor(number == 0)
+        better &= most.isfinite()
+        least = torch.where(better, error, least)
+        best_index = torch.where(better, index, best_index)
+        best_scale = torch.where(better, stored, best_scale)
+    return best_index.to(torch.uint8), best_scale.squeeze(-1)
 
 
 def _bytes(x: Tensor) -> Tensor:
