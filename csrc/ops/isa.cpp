@@ -1,11 +1,28 @@
 // isa.cpp: which instruction set the kernels use, for torch_flash_mla.cpu_isa(), available_isas()
-// and force_isa().
+// and force_isa(); how it computes and what it could reach, for the benchmark.
 #include <c10/util/Exception.h>
 
+#include <atomic>
+
 #include "kernels/dispatch.h"
+#include "kernels/formats.h"
+#include "kernels/kernel_table.h"
+#include "ops/checks.h"
 #include "ops/ops.h"
+#include "ops/parallel.h"
 
 namespace flashmla {
+namespace {
+
+ArithmeticId arithmetic_id(std::string_view name) {
+  if (name == "f32") return ArithmeticId::kF32;
+  if (name == "bf16") return ArithmeticId::kBf16;
+  if (name == "int16") return ArithmeticId::kInt16;
+  if (name == "int8") return ArithmeticId::kInt8;
+  TORCH_CHECK_VALUE(false, "arithmetic: \"", name, "\", expected f32, bf16, int16 or int8");
+}
+
+}  // namespace
 
 std::string isa() { return isa_name(); }
 
@@ -24,6 +41,32 @@ void set_isa(std::string_view name) {
   TORCH_CHECK_VALUE(false, "name: \"", name,
                     "\" is no instruction set that this build and machine can run, expected ",
                     available);
+}
+
+std::string compiler() { return kernel_compiler(); }
+
+std::string arithmetic(std::string_view kv_cache_dtype, at::ScalarType q) {
+  const FormatInfo* info = find_format(kv_cache_dtype.data(), kv_cache_dtype.size());
+  TORCH_CHECK_VALUE(info != nullptr, "kv_cache_dtype: \"", kv_cache_dtype,
+                    "\", expected float32, bfloat16, float16 or a packed format");
+  return kernels().arithmetic(info->format, float_type(q, "q"));
+}
+
+double roof(std::string_view arithmetic, int64_t iterations) {
+  struct Context {
+    ArithmeticId arithmetic;
+    int64_t iterations;
+    std::atomic<int64_t> flop = 0;
+  } context{arithmetic_id(arithmetic), iterations};
+  const Executor executor = torch_executor();
+  executor.parallel_for(
+      executor.workers,
+      [](int64_t, void* p) {
+        Context& c = *static_cast<Context*>(p);
+        c.flop += kernels().spin(c.arithmetic, c.iterations);
+      },
+      &context);
+  return static_cast<double>(context.flop);
 }
 
 }  // namespace flashmla

@@ -50,6 +50,10 @@ std::tuple<Tensor, Tensor> merge_attn_states(const Tensor& out_a, const Tensor& 
 std::string isa();
 std::vector<std::string> isas();
 void set_isa(std::string_view name);
+// How it computes and how fast it could (isa.cpp).
+std::string compiler();
+std::string arithmetic(std::string_view kv_cache_dtype, at::ScalarType q);
+double roof(std::string_view arithmetic, int64_t iterations);
 
 // Bytes of scratch that all threads together hold (parallel.cpp).
 int64_t scratch_bytes();
