@@ -10,9 +10,10 @@ FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PACKED_MULTIPLE = 32
 
 _ROW_BYTES = {
-    "q8_kv": lambda d: d + 2 * 4,
-    "q8_0": lambda d: d + d // 32 * 2,
-    "q6_0": lambda d: d // 2 + d // 4 + d // 32 * 2,
+    "q8_kv": lambda l, r: l + r + 2 * 4,
+    "q8_0": lambda l, r: (l + r) + (l + r) // 32 * 2,
+    "q6_0": lambda l, r: (l + r) // 2 + (l + r) // 4 + (l + r) // 32 * 2,
+    "q4_kv": lambda l, r: l // 2 + l // 32 * 2 + r + 4,
 }
 
 PACKED_FORMATS = tuple(_ROW_BYTES)
@@ -37,4 +38,4 @@ def row_bytes(kv_cache_dtype: str, latent_dim: int, rope_dim: int) -> int:
             raise ValueError(
                 f"{name}: got {width}, but {kv_cache_dtype} holds multiples of {PACKED_MULTIPLE}"
             )
-    return _ROW_BYTES[kv_cache_dtype](latent_dim + rope_dim)
+    return _ROW_BYTES[kv_cache_dtype](latent_dim, rope_dim)

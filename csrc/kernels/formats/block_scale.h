@@ -20,11 +20,12 @@ constexpr int kBlock = 32;
   return most < 0x7f800000 ? bits_float(most) : __builtin_nanf("");
 }
 
-// Nearest integer (ties to even) of a value known to be small.
-[[maybe_unused]] inline int32_t round_to_int(float x) { return static_cast<int32_t>(__builtin_rintf(x)); }
-
-[[maybe_unused]] inline int32_t clamp(int32_t x, int32_t low, int32_t high) {
-  return x < low ? low : x > high ? high : x;
+// Nearest integer (ties to even) within [low, high]; 0 where there is nothing finite to scale (inverse 0).
+[[maybe_unused]] inline int32_t to_code(float x, float inverse, float low, float high) {
+  float y = inverse > 0 ? x * inverse : 0;
+  y = y < low ? low : y;
+  y = y > high ? high : y;
+  return static_cast<int32_t>(__builtin_rintf(y));
 }
 
 // The stored scale of a block whose largest code is `code_max`: finite unless the block is not. Codes are computed from the
@@ -44,9 +45,6 @@ constexpr int kBlock = 32;
 }
 
 [[maybe_unused]] inline void store_u16(std::byte* p, uint16_t x) { __builtin_memcpy(p, &x, 2); }
-
-// x * inverse, 0 where the block holds nothing finite.
-[[maybe_unused]] inline float scaled(float x, float inverse) { return inverse > 0 ? x * inverse : 0; }
 
 // Codes with a scale per block -> codes of one scale for the segment, which is returned (NaN if a block is not finite). The
 // largest block scale times code_max becomes target_max; calls recode(b, factor) for blocks b, b + 1, .. (kStep of them), where

@@ -82,7 +82,7 @@ struct Q4Kv {
       float index[kBlock], level[kBlock];
       nearest(x, inverse_scale(scale), index, level);
       const float error = squared_error(x, scale, level);
-      if (!(error < least)) continue;
+      if (!(error < least) && candidate != kCandidates[0]) continue;  // the first stands when errors overflow
       least = error;
       best = stored;
       for (int i = 0; i < kBlock; ++i) best_index[i] = index[i];
@@ -103,8 +103,7 @@ struct Q4Kv {
     const float inverse = most > 1e-30f ? 127.0f / most : 0.0f;
     const float scale = most > 1e-30f ? most / 127.0f : most == most ? 0.0f : most;
     for (int32_t i = 0; i < r; ++i) {
-      const_cast<std::byte&>(to.rope[i]) =
-          static_cast<std::byte>(clamp(round_to_int(scaled(rope[i], inverse)), -127, 127));
+      const_cast<std::byte&>(to.rope[i]) = static_cast<std::byte>(to_code(rope[i], inverse, -127, 127));
     }
     __builtin_memcpy(const_cast<std::byte*>(to.rope_scale), &scale, 4);
   }

@@ -44,7 +44,7 @@ struct Q6_0 {
       const float inverse = inverse_scale(f16_to_float(scale));
       uint8_t u[kBlock];
       for (int i = 0; i < kBlock; ++i) {
-        u[i] = static_cast<uint8_t>(clamp(round_to_int(scaled(v[i], inverse)), -32, 31) + 32);
+        u[i] = static_cast<uint8_t>(to_code(v[i], inverse, -32, 31) + 32);
       }
       const Planes to = planes(row, d, first_block + b);
       for (int j = 0; j < 16; ++j) {

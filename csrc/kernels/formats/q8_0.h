@@ -31,7 +31,7 @@ struct Q8_0 {
       const uint16_t scale = block_scale(x + b, 127.0f);
       const float inverse = inverse_scale(f16_to_float(scale));
       for (int32_t i = b; i < b + kBlock; ++i) {
-        codes[i] = static_cast<std::byte>(clamp(round_to_int(scaled(x[i], inverse)), -127, 127));
+        codes[i] = static_cast<std::byte>(to_code(x[i], inverse, -127, 127));
       }
       store_u16(scales + b / kBlock * 2, scale);
     }

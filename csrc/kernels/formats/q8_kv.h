@@ -29,7 +29,7 @@ struct Q8Kv {
     const float most = absolute_maximum(x, count);
     const float inverse = most > 1e-30f ? 127.0f / most : 0.0f;
     for (int32_t i = 0; i < count; ++i) {
-      codes[i] = static_cast<std::byte>(clamp(round_to_int(scaled(x[i], inverse)) + 128, 1, 255));
+      codes[i] = static_cast<std::byte>(to_code(x[i], inverse, -127, 127) + 128);
     }
     return most > 1e-30f ? most / 127.0f : most == most ? 0.0f : most;
   }
