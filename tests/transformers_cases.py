@@ -153,7 +153,7 @@ def small_config(family: str, **overrides: Any) -> transformers.PreTrainedConfig
 
 
 def small_model(family: str, seed: int = 0, **overrides: Any) -> transformers.PreTrainedModel:
-    """A float32 model with random weights large enough for attention to matter (initializer_range 0.3)."""
+    """A float32 model; its random weights are large enough for attention to matter."""
     torch.manual_seed(seed)
     return model_class(family)(small_config(family, **overrides)).eval()
 

@@ -1,0 +1,241 @@
+"""The comparison behind test_transformers.py: a patched model against the stock one, step by step.
+
+``watch`` makes sure that the operator did the work, and ``FAULTS`` are deliberate mistakes that the
+comparison has to notice.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers_cases import mla_layers
+
+import torch_flash_mla
+from torch_flash_mla.integrations import _attention
+from torch_flash_mla.integrations.transformers import MLACache, patch, patched
+
+TOLERANCE = 5e-4  # of the largest logit of a step
+WIDTH = 128  # tokens of a fixed cache: whole pages, so that all kinds are equally wide
+
+CACHES: dict[str, Callable[[PreTrainedModel], Any]] = {
+    "default": lambda model: None,
+    "MLACache": lambda model: MLACache(model.config),
+    "MLACache fixed": lambda model: MLACache(model.config, max_cache_len=WIDTH),
+    "DynamicCache": lambda model: DynamicCache(config=model.config),
+    "StaticCache": lambda model: StaticCache(model.config, WIDTH),
+}
+STOCK_OF = {  # sparse layers break ties of scores by the width of the cache: like with like
+    "default": "DynamicCache",
+    "MLACache": "DynamicCache",
+    "MLACache fixed": "StaticCache",
+    "DynamicCache": "DynamicCache",
+    "StaticCache": "StaticCache",
+}
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way to generate: lengths of the prompts (left-padded), arguments of ``generate``."""
+
+    lengths: tuple[int, ...]
+    arguments: dict[str, Any]
+    caches: tuple[str, ...]
+    assisted: bool = False
+
+
+MODES = {
+    "greedy": Mode(
+        (11,), {"max_new_tokens": 64}, ("default", "MLACache fixed", "DynamicCache", "StaticCache")
+    ),
+    "padded": Mode(
+        (12, 5),
+        {"max_new_tokens": 24},
+        ("default", "MLACache fixed", "DynamicCache", "StaticCache"),
+    ),
+    "beam": Mode(
+        (9, 9),
+        {"max_new_tokens": 16, "num_beams": 2},
+        ("default", "MLACache fixed", "DynamicCache"),
+    ),
+    "assisted": Mode((11,), {"max_new_tokens": 24}, ("default", "DynamicCache"), assisted=True),
+}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a run of ``generate`` made."""
+
+    tokens: Tensor  # [B, length]
+    logits: tuple[Tensor, ...]  # one [B, vocabulary] per step
+
+
+def prompt(lengths: tuple[int, ...], vocabulary: int = 96) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    width = max(lengths)
+    ids = torch.randint(3, vocabulary, (len(lengths), width), generator=generator)
+    mask = torch.stack([torch.arange(width) >= width - length for length in lengths]).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def generate(
+    model: PreTrainedModel, mode: Mode, cache: str, assistant: PreTrainedModel | None = None
+) -> Trace:
+    arguments = dict(mode.arguments)
+    if cache != "default":
+        arguments["past_key_values"] = CACHES[cache](model)
+    if mode.assisted:
+        arguments["assistant_model"] = assistant
+    inputs = prompt(mode.lengths, model.config.get_text_config().vocab_size)
+    out = model.generate(
+        **inputs,
+        **arguments,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        pad_token_id=0,
+    )
+    return Trace(out.sequences, out.logits)
+
+
+def assistant_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with some noise: its guesses are accepted now and then."""
+    assistant = copy.deepcopy(model)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in assistant.parameters():
+            parameter += 0.1 * parameter.std(correction=0) * torch.randn_like(parameter)
+    return assistant
+
+
+def assert_same(actual: Trace, expected: Trace) -> None:
+    for step, (a, e) in enumerate(zip(actual.logits, expected.logits, strict=True)):
+        error = (a - e).abs().max() / e.abs().max()
+        assert error <= TOLERANCE, f"step {step}: logits differ by {error:.1e} of the largest"
+    assert torch.equal(actual.tokens, expected.tokens)
+
+
+class _OpCalls(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.flashmla.mla_attention_kv_b.default
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def watch(*models: PreTrainedModel) -> Iterator[None]:
+    """Checks: each forward pass calls the op once per MLA layer, and never ``expand_kv``."""
+
+    def refuse(*args: Any) -> None:
+        raise AssertionError("expand_kv was called")
+
+    expected = 0
+
+    def count(model: PreTrainedModel, *args: Any) -> None:
+        nonlocal expected
+        expected += len(mla_layers(model))
+
+    inner = [next(m for m in x.modules() if isinstance(m, PreTrainedModel)) for x in models]
+    hooks = [model.register_forward_pre_hook(count) for model in inner]
+    classes = {type(layer) for model in models for layer in mla_layers(model)}
+    originals = {cls: cls.expand_kv for cls in classes}
+    for cls in classes:
+        cls.expand_kv = refuse
+    try:
+        with _OpCalls() as calls:
+            yield
+    finally:
+        for cls, original in originals.items():
+            cls.expand_kv = original
+        for hook in hooks:
+            hook.remove()
+    assert calls.count == expected > 0
+
+
+def compare(
+    model: PreTrainedModel, mode: Mode, stock: dict[str, Trace], assistant: PreTrainedModel | None
+) -> None:
+    """The comparison: the patched ``model`` on every cache of the mode against the stock traces."""
+    for cache in mode.caches:
+        watched = (model,) if assistant is None else (model, assistant)
+        with watch(*watched):
+            actual = generate(model, mode, cache, assistant)
+        assert_same(actual, stock[STOCK_OF[cache]])
+
+
+def check_mode(model: PreTrainedModel, mode: Mode) -> None:
+    assistant = assistant_of(model) if mode.assisted else None
+    stock = {}
+    for cache in {STOCK_OF[cache] for cache in mode.caches}:
+        try:
+            stock[cache] = generate(model, mode, cache, assistant)
+        except ValueError as error:
+            if mode.assisted and "stateful" in str(error):
+                pytest.skip(f"transformers: {error}")
+            raise
+    with patched(model):
+        if assistant is not None:
+            patch(assistant)
+        compare(model, mode, stock, assistant)
+
+
+# Deliberate faults: a comparison that does not notice them proves nothing
+
+
+def _zero_attention(call: Callable, q: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    out, lse = call(q, *args, **kwargs)
+    return out * 0, lse
+
+
+def _zero_rope(call: Callable, q: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    weight, head_dim_v = args[3], args[4]
+    q = q.clone()
+    q[..., weight.shape[1] - head_dim_v :] = 0
+    return call(q, *args, **kwargs)
+
+
+def _ignore_padding(call: Callable, q: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    lengths = MODES["padded"].lengths
+    padding = max(lengths) - min(lengths)
+    row = lengths.index(min(lengths))
+    mask = kwargs["attn_mask"].clone()
+    mask[row, :, :, :padding] = True if mask.dtype == torch.bool else 0
+    return call(q, *args, **{**kwargs, "attn_mask": mask})
+
+
+FAULTS = {
+    "attention zeroed": (_zero_attention, "greedy"),
+    "rope zeroed": (_zero_rope, "greedy"),
+    "padding mask ignored": (_ignore_padding, "padded"),
+}
+
+
+def check_fault(model: PreTrainedModel, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong, mode_name = FAULTS[fault]
+    rotary = [layer for layer in mla_layers(model) if layer.qk_rope_head_dim]
+    if fault == "rope zeroed" and not rotary:
+        pytest.skip("no rotary dimensions")
+    mode = MODES[mode_name]
+    mode = Mode(mode.lengths, {"max_new_tokens": 8}, ("default",))
+    stock = {"DynamicCache": generate(model, mode, "DynamicCache")}
+    with patched(model):
+        compare(model, mode, stock, None)
+        right = torch_flash_mla.ops.mla_attention_kv_b
+        monkeypatch.setattr(
+            _attention.ops,
+            "mla_attention_kv_b",
+            lambda *args, **kwargs: wrong(right, *args, **kwargs),
+        )
+        with pytest.raises(AssertionError, match="logits differ"):
+            compare(model, mode, stock, None)
