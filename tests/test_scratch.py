@@ -1,0 +1,112 @@
+"""Memory and threads that the operators lend to the kernels."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from torch_flash_mla import ops
+
+DECODE = """
+import torch
+from torch_flash_mla import ops
+torch.set_num_threads(2)
+heads, latent, rope, dtype, name = {heads}, 512, 64, torch.{dtype}, "{name}"
+q = torch.randn(1, 1, heads, latent + rope).bfloat16()
+held = []
+for keys in (1024, 131072):
+    cache = torch.ones(1, keys, {row}, dtype=dtype)
+    for _ in range(3):
+        lengths = torch.tensor([keys], dtype=torch.int32)
+        ops.mla_attention(q, cache, None, lengths, latent, 0.1, True, kv_cache_dtype=name)
+    held.append(ops.scratch_bytes())
+print(*held)
+"""
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+@pytest.mark.parametrize(
+    ("dtype", "name", "row"), [("bfloat16", "auto", 576), ("uint8", "q8_kv", 584)]
+)
+def test_scratch_of_a_decode_call_does_not_depend_on_its_length(
+    heads: int, dtype: str, name: str, row: int
+) -> None:
+    code = DECODE.format(heads=heads, dtype=dtype, name=name, row=row)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    short, long = map(int, result.stdout.split())
+    assert short == long
+    assert 0 < short < 16 << 20  # of two threads
+
+
+def test_calls_from_many_threads_do_not_disturb_each_other() -> None:
+    cache = torch.randn(4, 64, 96)
+    lengths = torch.tensor([200], dtype=torch.int32)
+    table = torch.arange(4, dtype=torch.int32).view(1, 4)
+    queries = [torch.randn(1, 1 + i, 5, 96) for i in range(8)]
+
+    def attend(q: torch.Tensor) -> torch.Tensor:
+        return ops.mla_attention(q, cache, table, lengths, 64, 0.1, True)[0]
+
+    expected = [attend(q) for q in queries]
+    wrong = []
+
+    def work(i: int) -> None:
+        for _ in range(20):
+            if not torch.allclose(attend(queries[i]), expected[i], rtol=1e-5, atol=1e-6):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_scratch_of_a_finished_thread_is_returned() -> None:
+    cache = torch.randn(1, 64, 96)
+    arguments = (torch.randn(1, 1, 5, 96), cache, None, torch.tensor([60], dtype=torch.int32))
+    torch.set_num_threads(1)  # OpenMP's own threads end later
+    ops.mla_attention(*arguments, 64, 0.1)
+    before = ops.scratch_bytes()
+    thread = threading.Thread(target=lambda: ops.mla_attention(*arguments, 64, 0.1))
+    thread.start()
+    thread.join()
+    assert ops.scratch_bytes() <= before
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_thread_counts_agree(isa: str, threads: int) -> None:
+    q = torch.randn(2, 2, 5, 96)
+    cache = torch.randn(2, 1500, 96)
+    lengths = torch.tensor([1500, 700], dtype=torch.int32)
+
+    def attend() -> tuple[torch.Tensor, torch.Tensor]:
+        return ops.mla_attention(q, cache, None, lengths, 64, 0.1, True)
+
+    torch.set_num_threads(1)
+    expected = attend()
+    torch.set_num_threads(threads)
+    torch.testing.assert_close(attend(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_deterministic_results_do_not_depend_on_threads_or_batch(isa: str) -> None:
+    q = torch.randn(3, 2, 5, 96).bfloat16()
+    cache = torch.randn(3, 3000, 96).bfloat16()
+    lengths = torch.tensor([3000, 17, 1500], dtype=torch.int32)
+    torch.use_deterministic_algorithms(True)
+    try:
+        results = []
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            results.append(ops.mla_attention(q, cache, None, lengths, 64, 0.1)[0])
+            alone = ops.mla_attention(q[2:], cache[2:], None, lengths[2:], 64, 0.1)[0]
+            assert torch.equal(alone[0], results[-1][2])
+        assert all(torch.equal(results[0], other) for other in results[1:])
+    finally:
+        torch.use_deterministic_algorithms(False)
