@@ -1,0 +1,87 @@
+"""The example programs run and print what they promise."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers_cases import TINY_MODEL, small_model
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def program(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses of the program look their module up by name.
+
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random model with the byte tokenizer."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    small_model("deepseek_v3", vocab_size=262).to(torch.bfloat16).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY_MODEL / name, folder)
+    return folder
+
+
+def table_row(output: str, title: str) -> list[str]:
+    line = next(line for line in output.splitlines() if line.startswith(f"│ {title}"))
+    return [cell.strip() for cell in line.strip("│").split("│")]
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "q8_kv"])
+def test_generate(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], kv_cache_dtype: str
+) -> None:
+    arguments = ["--model", str(checkpoint), "--kv-cache-dtype", kv_cache_dtype, "--compare"]
+    arguments += ["--prompt", "def f(x):", "--max-new-tokens", "6", "--temperature", "0"]
+    assert program("examples/generate.py").main(arguments) == 0
+    output = capsys.readouterr().out
+    assert "2 of 2 attention layers patched" in output
+    same = re.search(r"first (\d+) of \d+ characters are the same", output)
+    assert same is not None
+    assert int(same[1]) >= len("def f(x):")
+    patched, stock = table_row(output, f"patched, {kv_cache_dtype}"), table_row(output, "stock")
+    assert patched[1] == stock[1] == "9"
+    assert patched[3] == stock[3] == "6"
+    assert float(patched[4]) > 0
+    assert stock[5] == str(2 * (64 + 32) * 2)
+    assert patched[5] == (stock[5] if kv_cache_dtype == "auto" else str(2 * (64 + 32 + 8)))
+
+
+@pytest.mark.skipif(
+    not (TINY_MODEL / "model.safetensors").exists(), reason="examples/tiny_model has no weights"
+)
+def test_generate_with_the_tiny_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """The default model, as `make demo` runs it."""
+    assert program("examples/generate.py").main(["--compare", "--max-new-tokens", "24"]) == 0
+    output = capsys.readouterr().out
+    assert "4 of 4 attention layers patched" in output
+    assert table_row(output, "patched, q8_kv")[5] == str(4 * 584)
+    assert table_row(output, "stock")[5] == str(4 * 576 * 2)
+
+
+def test_generate_names_a_missing_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        program("examples/generate.py").main(["--model", str(tmp_path)])
+    assert "holds no weights" in capsys.readouterr().err
+
+
+def test_layer_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
+    assert program("benchmarks/layer.py").main(["--history", "64", "--steps", "1"]) == 0
+    output = capsys.readouterr().out
+    assert output.count("x │") == 3
