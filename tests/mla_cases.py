@@ -44,9 +44,12 @@ FLOAT_ERROR = {torch.bfloat16: 2.5e-3, torch.float16: 5e-4, torch.float32: 1e-5}
 FLOAT_LSE_ERROR = 1e-3  # absolute, in the natural logarithm
 # Packed formats, by arithmetic: ||out - original|| / ||dequantised - original||, where `original`
 # is the reference over the values before they were stored, `dequantised` over the stored ones. One
-# sequence, and pooled over many, by kind of input. (BF16 rounds dequantised values and queries once
-# more, which single draws show more than their pool.)
+# sequence at most, and pooled over many by kind of input: normal noise, "peaky" (queries times 3),
+# "sink" (one key times 4). A single sequence shows rounding more than a pool does: BF16 rounds
+# dequantised values and queries once more, INT8 has 255 steps for all the weights of a tile, most
+# of which one dominant key takes.
 PACKED_RATIO = {"F32": 1.10, "INT16": 1.10, "BF16": 1.5, "INT8": 2.5}
+PACKED_RATIO_WITH_SINK = {"F32": 1.10, "INT16": 1.15, "BF16": 1.5, "INT8": 4.5}
 POOLED_RATIO = {
     "F32": {"normal": 1.01, "peaky": 1.01, "sink": 1.01},
     "INT16": {"normal": 1.10, "peaky": 1.10, "sink": 1.10},

@@ -42,7 +42,7 @@ def test_random_sizes(isa, seed):
 @functools.cache
 def draws(cache_format: str, kind: str) -> mla_cases.Problem:
     """50 sequences, each a draw. Queries that bf16 holds: what it would lose is not the question."""
-    case = Case("scalar", cache_format, heads=32)
+    case = Case("scalar", cache_format, heads=16)
     factors = {"peaky": {"q_factor": 3.0}, "sink": {"key_factor": 4.0}}.get(kind, {})
     problem = make_problem(case, list(range(250, 300)), **factors)
     problem.arguments["q"] = problem.arguments["q"].bfloat16().float()
@@ -64,7 +64,9 @@ def test_pooled_error_of_packed_formats(cache_format, kind, isa):
     pooled = (error.sum() / storage.sum()).sqrt()
     worst = (error / storage).sqrt().max()
     assert pooled <= mla_cases.POOLED_RATIO[case.arithmetic][kind]
-    assert worst <= mla_cases.PACKED_RATIO[case.arithmetic]
+    with_sink = kind == "sink"
+    single = mla_cases.PACKED_RATIO_WITH_SINK if with_sink else mla_cases.PACKED_RATIO
+    assert worst <= single[case.arithmetic]
 
 
 def test_cover_has_every_pair():
