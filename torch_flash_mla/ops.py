@@ -357,3 +357,8 @@ def roof(arithmetic: str, iterations: int) -> float:
         product.
     """
     return torch.ops.flashmla._roof(arithmetic, iterations)
+
+
+def allocate(q: Tensor, head_dim_v: int) -> tuple[Tensor, Tensor]:
+    """Uninitialised results of :func:`mla_attention`, to tell its overhead from an operator's."""
+    return torch.ops.flashmla._allocate(q, head_dim_v)

@@ -1,5 +1,6 @@
 // isa.cpp: which instruction set the kernels use, for torch_flash_mla.cpu_isa(), available_isas()
 // and force_isa(); how it computes and what it could reach, for the benchmark.
+#include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
 #include <atomic>
@@ -67,6 +68,11 @@ double roof(std::string_view arithmetic, int64_t iterations) {
       },
       &context);
   return static_cast<double>(context.flop);
+}
+
+std::tuple<Tensor, Tensor> allocate(const Tensor& q, int64_t head_dim_v) {
+  return {at::empty({q.size(0), q.size(1), q.size(2), head_dim_v}, q.options()),
+          at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(at::kFloat))};
 }
 
 }  // namespace flashmla

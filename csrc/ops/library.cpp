@@ -68,6 +68,8 @@ TORCH_LIBRARY(flashmla, m) {
   m.def("_compiler() -> str", &flashmla::compiler);
   m.def("_arithmetic(str kv_cache_dtype, ScalarType q) -> str", &flashmla::arithmetic);
   m.def("_roof(str arithmetic, int iterations) -> float", &flashmla::roof);
+  // What any operator costs that returns what mla_attention does.
+  m.def("_allocate(Tensor q, int head_dim_v) -> (Tensor out, Tensor lse)", &flashmla::allocate);
 }
 
 TORCH_LIBRARY_IMPL(flashmla, CPU, m) {

@@ -54,6 +54,7 @@ void set_isa(std::string_view name);
 std::string compiler();
 std::string arithmetic(std::string_view kv_cache_dtype, at::ScalarType q);
 double roof(std::string_view arithmetic, int64_t iterations);
+std::tuple<Tensor, Tensor> allocate(const Tensor& q, int64_t head_dim_v);
 
 // Bytes of scratch that all threads together hold (parallel.cpp).
 int64_t scratch_bytes();

@@ -126,12 +126,12 @@ def parser() -> argparse.ArgumentParser:
         )
         p.add_argument("--quick", action="store_true", help="small cases, short measurements")
         p.add_argument("--json", metavar="FILE", help="write machine, options and rows")
-        p.add_argument("--plot", metavar="FILE", help="draw a picture (.png, .svg); needs matplotlib")
+        p.add_argument("--plot", metavar="FILE", help="draw a picture (needs matplotlib)")
         p.add_argument("--isa", default="all" if name == "roof" else "auto", metavar="LEVELS",
                        help="auto (the best), all, or some of "
                        + ",".join(torch_flash_mla.available_isas()))  # fmt: skip
         p.add_argument("--threads", type=int, default=0, metavar="N",
-                       help="default: all cores" if name == "threads" else "default: 1")  # fmt: skip
+                       help=f"default: {'all' if name == 'threads' else 1}")  # fmt: skip
         p.add_argument("--rounds", type=int, default=0, help="turns of each contender (3)")
         p.add_argument("--seconds", type=float, default=0.0, help="per turn (0.3)")
         if name == "roof":

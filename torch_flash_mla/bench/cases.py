@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,7 +149,7 @@ class Decode:
         if cache.k_pe_cache is not None:
             q, q_pe = q.split([dims.latent, dims.rope], -1)
         arguments = (q, cache.kv_cache, cache.block_table, cache.cache_seqlens, dims.latent)
-        options = {
+        options: dict[str, Any] = {
             "causal": self.queries > 1,
             "indices": indices,
             "q_pe": q_pe,
@@ -156,6 +157,13 @@ class Decode:
             "kv_cache_dtype": cache.kv_cache_dtype,
         }
         return lambda: ops.mla_attention(*arguments, dims.scale, **options)
+
+    def empty(self) -> Callable[[], object]:
+        """A call that allocates the results, and nothing else."""
+        batch, dims = len(self.cache.cache_seqlens), self.cache.dims
+        dtype = query_dtype(self.cache.format_name)
+        q = torch.empty(batch, self.queries, self.heads, dims.latent + dims.rope, dtype=dtype)
+        return lambda: ops.allocate(q, dims.latent)
 
     @property
     def keys(self) -> int:
@@ -189,7 +197,7 @@ class Prefill:
         w_kv_b = torch.randn(self.heads, dims.nope + dims.value, dims.latent) * dims.latent**-0.5
         w_kv_b = w_kv_b.to(dtype)
         arguments = (q, cache.kv_cache, cache.block_table, cache.cache_seqlens, w_kv_b, dims.value)
-        options = {
+        options: dict[str, Any] = {
             "causal": True,
             "k_pe_cache": cache.k_pe_cache,
             "kv_cache_dtype": cache.kv_cache_dtype,

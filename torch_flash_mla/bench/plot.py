@@ -15,8 +15,8 @@ ROOF, TORCH = "#c8553d", "#333333"
 
 def _distinct(rows: list[Row], *keys: str) -> list[Any]:
     """The values of a key (tuples of several), each once, in order of appearance."""
-    values = [row.get(keys[0]) if len(keys) == 1 else tuple(row.get(k) for k in keys) for row in rows]
-    return list(dict.fromkeys(values))
+    found = dict.fromkeys(tuple(row.get(key) for key in keys) for row in rows)
+    return [values[0] if len(keys) == 1 else values for values in found]
 
 
 def _matching(rows: list[Row], **values: Any) -> list[Row]:
@@ -24,9 +24,10 @@ def _matching(rows: list[Row], **values: Any) -> list[Row]:
 
 
 def _grouped_bars(ax: Any, rows: list[Row], group: str, member: str, value: str, unit: str) -> None:
-    """Groups of bars, with the roof above each bar and torch's rate inside, where rows know them."""
+    """Groups of bars, with the roof and torch's rate over each bar, where rows know them."""
     groups, members = _distinct(rows, group), _distinct(rows, member)
     width = 0.8 / len(members)
+    tallest = max(max(row.get(value, 0), row.get("roof_gflops", 0)) for row in rows)
     for m, name in enumerate(members):
         shade = SHADES[m % len(SHADES)]
         label = f"{name} {unit}".strip()
@@ -43,10 +44,11 @@ def _grouped_bars(ax: Any, rows: list[Row], group: str, member: str, value: str,
             if "torch_gflops" in row:
                 ax.plot(x, row["torch_gflops"], "D", ms=4, color=TORCH, mec="white", zorder=4)
             if "share" in row:
+                inside = row[value] > 0.2 * tallest
                 ax.annotate(
-                    f"{row['share']:.0%}", (x, row[value]), (0, -3), textcoords="offset points",
-                    ha="center", va="top", rotation=90, fontsize=8,
-                    color="white" if m < 2 else "black",
+                    f"{row['share']:.0%}", (x, row[value]), (0, -3 if inside else 3),
+                    textcoords="offset points", ha="center", va="top" if inside else "bottom",
+                    rotation=90, fontsize=8, color="white" if inside and m < 2 else "black",
                 )  # fmt: skip
     ax.set_xticks(range(len(groups)), [str(g) for g in groups])
 
@@ -56,7 +58,7 @@ def _marks(ax: Any, rows: list[Row]) -> None:
     if any("roof_gflops" in row for row in rows):
         ax.plot([], [], "-", color=ROOF, lw=2, label="instruction roof")
     if any("torch_gflops" in row for row in rows):
-        ax.plot([], [], "D", color=TORCH, ms=4, ls="", label="torch SDPA")
+        ax.plot([], [], "D", color=TORCH, ms=4, ls="", label="torch SDPA, dense cache")
 
 
 def _roof(figure: Any, rows: list[Row]) -> None:
@@ -89,7 +91,7 @@ def _decode(figure: Any, rows: list[Row]) -> None:
     first = figure.axes[0]
     first.set_ylabel("GFLOP/s (in bars: % of roof)")
     _marks(first, rows)
-    first.legend(fontsize=8)
+    figure.legend(loc="outside upper center", ncols=8, fontsize=8, frameon=False)
 
 
 def _prefill(figure: Any, rows: list[Row]) -> None:
@@ -108,7 +110,8 @@ def _prefill(figure: Any, rows: list[Row]) -> None:
                 for style, (key, name) in zip(("--", ":"), names.items(), strict=True):
                     known = [r for r in line if key in r]
                     y = [r[key] for r in known]
-                    ax.plot([r["n_kv"] for r in known], y, "D" + style, color=TORCH, ms=4, label=name)
+                    x = [r["n_kv"] for r in known]
+                    ax.plot(x, y, "D" + style, color=TORCH, ms=4, label=name)
         ax.set_xscale("log", base=2)
         ax.set_xticks(lengths, [str(n) for n in lengths])
         ax.set_xlabel("prompt tokens")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,15 @@ from torch_flash_mla import ops
 
 Row = dict[str, Any]
 
+def duration(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if abs(seconds) >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
 # key -> (heading, how a value is printed), in the order of columns.
-COLUMNS = {
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "sequences": ("sequences", str),
     "format": ("format", str),
     "isa": ("level", str),
@@ -33,8 +41,8 @@ COLUMNS = {
     "topk": ("topk", str),
     "tensors": ("tensors", str),
     "threads": ("threads", str),
-    "seconds": ("time", lambda x: duration(x)),
-    "seconds_per_token": ("per token", lambda x: duration(x)),
+    "seconds": ("time", duration),
+    "seconds_per_token": ("per token", duration),
     "gflops": ("GFLOP/s", "{:.0f}".format),
     "gbs": ("GB/s", "{:.1f}".format),
     "share": ("% of roof", "{:.0%}".format),
@@ -46,19 +54,12 @@ COLUMNS = {
     "against_gflops": ("against", "{:.0f}".format),
     "times_against": ("share of it", "{:.2f}".format),
     "times_one": ("speed-up", "{:.2f}x".format),
-    "deterministic": ("deterministic", lambda x: duration(x)),
-    "above": ("above empty op", lambda x: duration(x)),
+    "deterministic": ("deterministic", duration),
+    "above": ("above empty op", duration),
 }
 TEXT = ("sequences", "format", "isa", "form", "arithmetic", "instruction")
 # Columns that say nothing when every row holds this.
 DULL = {"batch": 1, "queries": 1, "topk": 0, "tensors": 1}
-
-
-def duration(seconds: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if abs(seconds) >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e9:.3g} ns"
 
 
 def cpu_model() -> str:

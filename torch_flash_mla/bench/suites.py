@@ -24,7 +24,7 @@ Suite = Callable[["Options"], Iterator[Row]]
 
 @dataclass(frozen=True)
 class Options:
-    """What to sweep. ``lengths`` are keys (decode), prompt tokens (prefill) or new tokens (append)."""
+    """What to sweep. ``lengths`` are keys (decode), prompts (prefill), new tokens (append)."""
 
     isas: tuple[str, ...]
     threads: int
@@ -47,11 +47,15 @@ def roofs(options: Options) -> Iterator[Row]:
     """The dot products of every level, and memory."""
     pairs = list(itertools.product(options.isas, roof.ARITHMETICS))
     flop = {pair: roof.flop_of_spin(*pair) for pair in pairs}
-    calls = {pair: roof.spin(*pair) for pair in pairs if flop[pair] > 0}
+    calls: dict[Hashable, Callable[[], object]] = {
+        pair: roof.spin(*pair) for pair in pairs if flop[pair] > 0
+    }
     read_bytes, read = roof.memory_reader(options.memory)
     seconds = race({**calls, "memory": read}, options.effort)
-    for isa, arithmetic in calls:
-        pair = (isa, arithmetic)
+    for pair in pairs:
+        if pair not in calls:
+            continue
+        isa, arithmetic = pair
         instruction = roof.INSTRUCTIONS.get(pair, "")
         rate = flop[pair] / seconds[pair] / 1e9
         yield {"isa": isa, "arithmetic": arithmetic, "instruction": instruction, "gflops": rate}
@@ -105,7 +109,11 @@ def _compare(row: Row, against: _Against) -> Row:
 
 
 def decode(options: Options) -> Iterator[Row]:
-    """New tokens against a cache: GFLOP/s, memory, share of the roof, PyTorch."""
+    """New tokens against a cache: GFLOP/s, memory, share of the roof, PyTorch.
+
+    With at most 64 keys a call is mostly overhead: ``above`` is the time above an operator that
+    allocates the results and does nothing.
+    """
     for n_kv, format_name in itertools.product(options.lengths, options.formats):
         two_tensors = options.two_tensors and format_name in cases.FLOAT_FORMATS
         cache = cases.paged_cache(format_name, [n_kv] * options.batch, options.dims, two_tensors)
@@ -119,6 +127,8 @@ def decode(options: Options) -> Iterator[Row]:
                 contenders[isa] = roof.on_level(isa, call)
             if options.baseline and not options.topk:
                 contenders["torch"] = baselines.sdpa_decode(case)
+            if case.keys <= 64:
+                contenders["empty"] = roof.on_level(options.isas[-1], case.empty())
             against = _Against(
                 options.against,
                 format_name,
@@ -152,6 +162,8 @@ def decode(options: Options) -> Iterator[Row]:
                 }
                 if "torch" in seconds:
                     row["torch_gflops"] = case.flop / seconds["torch"] / 1e9
+                if "empty" in seconds:
+                    row["above"] = seconds[isa] - seconds["empty"]
                 yield _compare(row, against)
 
 
@@ -230,7 +242,9 @@ def append(options: Options) -> Iterator[Row]:
             }
 
 
-def _with_threads(count: int, deterministic: bool, call: Callable[[], object]) -> Callable[[], object]:
+def _with_threads(
+    count: int, deterministic: bool, call: Callable[[], object]
+) -> Callable[[], object]:
     def run() -> object:
         torch.set_num_threads(count)
         if not deterministic:
