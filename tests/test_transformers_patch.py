@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from transformers import (
@@ -20,10 +22,12 @@ from transformers import (
     PreTrainedModel,
     StaticCache,
 )
-from transformers_cases import TINY_MODEL, mla_layers, small_config, small_model, tiny_model
+from transformers_cases import TINY_MODEL, mla_layers, small_model, tiny_model
 from transformers_compare import prompt, watch
 
 from torch_flash_mla.integrations import _weights
+from torch_flash_mla.integrations import transformers as integration
+from torch_flash_mla.integrations._attention import mla_attention_forward
 from torch_flash_mla.integrations.transformers import MLACache, patch, patched, unpatch
 
 FAMILY = "deepseek_v3"
@@ -478,8 +482,6 @@ class TestRefusals:
     def test_continuous_batching(self, model: PreTrainedModel) -> None:
         layer = mla_layers(model)[0]
         query, key = torch.zeros(1, 4, 2, 64), torch.zeros(1, 1, 2, 64)
-        from torch_flash_mla.integrations._attention import mla_attention_forward
-
         for argument, error in (
             ("cache", NotImplementedError),
             ("position_bias", NotImplementedError),
@@ -539,9 +541,18 @@ class TestCompile:
         self.check(model, CompileCounterWithBackend("inductor"), 200)
 
 
-def test_old_releases_are_refused_by_name() -> None:
-    """The version check reads as a sentence (it cannot be run with this release)."""
-    from torch_flash_mla.integrations import transformers as integration
+class TestVersions:
+    def test_an_old_release(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("transformers.__version__", "5.14.1")
+        spec = importlib.util.spec_from_file_location("again", integration.__file__)
+        assert spec is not None
+        assert spec.loader is not None
+        with pytest.raises(ImportError, match=r"needs transformers >= 5\.15, found 5\.14\.1"):
+            spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
-    assert integration._VERSION >= integration._OLDEST
-    assert small_config("deepseek_v32").model_type == "deepseek_v32"
+    def test_sparse_layers_need_a_newer_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(integration, "_VERSION", Version("5.16"))
+        with pytest.raises(
+            ValueError, match=r"sparse MLA needs transformers >= 5\.18, found 5\.16"
+        ):
+            patch(small_model("deepseek_v32"))

@@ -142,7 +142,8 @@ def _mla_attention(
         kv_cache, kv_cache_dtype = key[:, 0], "auto"
         k_pe_cache = value[:, 0].to(key.dtype) if rope_dim else None
         block_table = None
-        cache_seqlens = torch.full((key.shape[0],), key.shape[2], dtype=torch.int32)
+        batch, length = key.shape[0], key.shape[2]
+        cache_seqlens = torch.full((batch,), length, dtype=torch.int32, device=key.device)
     out, _ = ops.mla_attention_kv_b(
         query.transpose(1, 2),
         kv_cache,
@@ -176,7 +177,7 @@ def _stock_attention(
             mask = _causal(query, key.shape[2])
         if isinstance(mask, Tensor) and mask.dtype == torch.bool:
             lowest = torch.finfo(query.dtype).min
-            mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill(~mask, lowest)
+            mask = query.new_zeros(mask.shape).masked_fill(~mask, lowest)
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
     return attention(module, query, key, value, mask, **kwargs)
@@ -192,7 +193,7 @@ def _fold_indices(
         raise NotImplementedError("sparse MLA layers do not combine with a flex_attention mask")
     batch, q_length, kv_length = query.shape[0], query.shape[2], key.shape[2]
     column = torch.where(indices < 0, kv_length, indices).long()  # skipped ones: an extra column
-    keep = torch.zeros(batch, q_length, kv_length + 1, dtype=torch.bool)
+    keep = indices.new_zeros(batch, q_length, kv_length + 1, dtype=torch.bool)
     keep = keep.scatter(-1, column, True)[:, None, :, :kv_length]
     if mask is None:
         return keep & _causal(query, kv_length) if is_causal and q_length > 1 else keep
@@ -203,7 +204,7 @@ def _fold_indices(
 
 def _causal(query: Tensor, kv_length: int) -> Tensor:
     """What no mask means for several queries: bool [1, 1, Sq, S], causal from the first key on."""
-    return torch.ones(1, 1, query.shape[2], kv_length, dtype=torch.bool).tril()
+    return query.new_ones(1, 1, query.shape[2], kv_length, dtype=torch.bool).tril()
 
 
 def _dense_block_mask(mask: BlockMask, query: Tensor, key: Tensor) -> Tensor:

@@ -70,13 +70,21 @@ def _weight_by_identity(proj: Any, latent_dim: int, dtype: torch.dtype) -> Tenso
         getattr(proj, "disable_adapters", None),
         tuple(sorted(getattr(proj, "scaling", {}).items())),
     )
-    key = (dtype, adapters, tuple((t.data_ptr(), t._version) for t in tensors))
+    key = (dtype, adapters, tuple(_fingerprint(t) for t in tensors))
     entry = _dense_weights.get(proj)
     if entry is None or entry.key != key:
         with torch.inference_mode(False), torch.no_grad():
             entry = _Entry(key, _apply_to_identity(proj, latent_dim, dtype))
         _dense_weights[proj] = entry
     return entry.weight
+
+
+def _fingerprint(tensor: Tensor) -> tuple[int, int]:
+    """Changes when the values of a tensor are replaced or written to."""
+    try:
+        return tensor.data_ptr(), tensor._version
+    except RuntimeError:  # a wrapper around other tensors has no storage of its own
+        return id(tensor), tensor._version
 
 
 def _apply_to_identity(proj: Any, latent_dim: int, dtype: torch.dtype) -> Tensor:

@@ -226,7 +226,7 @@ def patched(
 def _attention_layers(model: nn.Module) -> list[tuple[str, AttentionModule]]:
     """MLA layers, and whatever else looks like the attention of a decoder layer."""
     return [
-        (name, module)
+        (name or type(module).__name__, module)
         for name, module in model.named_modules()
         if hasattr(module, "kv_b_proj")
         or ("Attention" in type(module).__name__ and hasattr(module, "layer_idx"))
@@ -249,7 +249,7 @@ def _verdict(module: AttentionModule, kv_cache_dtype: str) -> tuple[str, str]:
     if not is_mla(module):
         name = type(module).__name__
         return FAILED, f"{name} has no expand_kv: it caches expanded keys (remote code?)"
-    if getattr(module, "indexer", None) is not None and _VERSION < _OLDEST_SPARSE:
+    if hasattr(module, "indexer") and _VERSION < _OLDEST_SPARSE:
         return FAILED, f"sparse MLA needs transformers >= {_OLDEST_SPARSE}, found {_VERSION}"
     tensors = [*module.kv_b_proj.parameters(), *module.kv_b_proj.buffers()]
     device = next((t.device.type for t in tensors if t.device.type not in ("cpu", "meta")), None)
