@@ -19,14 +19,18 @@ class Slots {
   Slots(const CacheView& cache, int32_t sequence)
       : cache_(cache),
         pages_(cache.block_table ? cache.block_table + sequence * cache.block_table_stride : nullptr),
-        sequence_(sequence) {}
+        sequence_(sequence),
+        shift_(__builtin_popcount(static_cast<uint32_t>(cache.block_size)) == 1
+                   ? __builtin_ctz(static_cast<uint32_t>(cache.block_size))
+                   : -1) {}
 
   [[gnu::always_inline]] RowAddress operator[](int32_t token) const {
     int64_t block = sequence_;
     int32_t offset = token;
     if (pages_) {
-      block = pages_[token / cache_.block_size];
-      offset = token % cache_.block_size;
+      const int32_t page = shift_ >= 0 ? token >> shift_ : token / cache_.block_size;
+      block = pages_[page];
+      offset = token - page * cache_.block_size;
     }
     return {cache_.kv_c.data + block * cache_.kv_c.block_stride + offset * cache_.kv_c.token_stride,
             cache_.k_pe.data + block * cache_.k_pe.block_stride + offset * cache_.k_pe.token_stride};
@@ -39,6 +43,7 @@ class Slots {
   const CacheView& cache_;
   const int32_t* pages_;
   int32_t sequence_;
+  int32_t shift_;  // of a block size that is a power of two, else -1
 };
 
 }  // namespace

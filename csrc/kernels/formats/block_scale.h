@@ -47,8 +47,8 @@ constexpr int kBlock = 32;
 [[maybe_unused]] inline void store_u16(std::byte* p, uint16_t x) { __builtin_memcpy(p, &x, 2); }
 
 // Codes with a scale per block -> codes of one scale for the segment, which is returned (NaN if a block is not finite). The
-// largest block scale times code_max becomes target_max; calls recode(b, factor) for blocks b, b + 1, .. (kStep of them), where
-// factor[i] / unit is the scale of block b + i in terms of the segment's.
+// largest block scale times code_max becomes target_max. Calls recode(b, factors, lane) for every kStep-th block b: lane + i of
+// `factors` holds, in both halves, the scale of block b + i relative to the segment's, in units of 1 / unit.
 template <class Simd, int kStep, class Recode>
 float recode_blocks(const std::byte* scales, int32_t blocks, float code_max, float target_max, float unit, Recode recode) {
   auto load = [&](int32_t b) {
@@ -58,16 +58,15 @@ float recode_blocks(const std::byte* scales, int32_t blocks, float code_max, flo
   for (int32_t b = 0; b < blocks; b += Simd::kLanes) most = Simd::max(most, load(b));
   const float range = Simd::reduce_max(most) * (code_max / target_max);
   const float inverse = range > 0 ? unit / range : 0.0f;
-  int32_t signs = 0;  // the factor of a block that is not finite is INT_MIN
+  bool finite = true;
   for (int32_t b0 = 0; b0 < blocks; b0 += Simd::kLanes) {
-    int32_t factor[Simd::kLanes];
-    Simd::store_word(factor, Simd::round_to_word(Simd::mul(load(b0), Simd::set(inverse))));
-    for (int32_t b = 0; b < Simd::kLanes && b0 + b < blocks; b += kStep) {
-      for (int i = 0; i < kStep; ++i) signs |= factor[b + i];
-      recode(b0 + b, factor + b);
-    }
+    const auto word = Simd::round_to_word(Simd::mul(load(b0), Simd::set(inverse)));
+    finite = finite && !Simd::any_negative(word);  // the factor of a block that is not finite is INT_MIN
+    const auto factors = Simd::bit_or(word, Simd::template shift_left<16>(word));
+    const int32_t lanes = blocks - b0 < Simd::kLanes ? blocks - b0 : Simd::kLanes;
+    for (int32_t lane = 0; lane < lanes; lane += kStep) recode(b0 + lane, factors, lane);
   }
-  return signs < 0 ? __builtin_nanf("") : range;
+  return finite ? range : __builtin_nanf("");
 }
 
 }  // namespace

@@ -134,37 +134,32 @@ struct Q4Kv {
 
   template <class Simd>
   static void stage(Int8<Simd>, const std::byte* codes, const std::byte*, const RowLayout& layout, std::byte* row) {
+    using Word = typename Simd::Word;
     const auto bias = Simd::set_word(static_cast<int32_t>(0x80808080u));
     const Planes from = planes(codes, layout.latent, layout.rope);
     const int32_t blocks = layout.latent / kBlock;
     const float scale = recode_blocks<Simd, Simd::kBytes / kBlock>(
-        from.scales, blocks, 127, Int8<Simd>::kKeyMax, 8192, [&](int32_t b, const int32_t* factor) {
+        from.scales, blocks, 127, Int8<Simd>::kKeyMax, 128, [&](int32_t b, Word factors, int lane) {
           const auto level = levels<Simd>(from.nibbles, b, blocks);
-          Simd::store_word(row + b * kBlock, Simd::bit_xor(Simd::rescale8(level, 0, factor), bias));
+          Simd::store_word(row + b * kBlock, Simd::bit_xor(Simd::rescale8(level, 0, factors, lane), bias));
         });
-    for (int32_t i = 0; i < layout.rope; i += kBlock) {
-      for (int32_t j = i; j < i + kBlock; j += 4) {
-        uint32_t word;
-        __builtin_memcpy(&word, from.rope + j, 4);
-        word ^= 0x80808080u;
-        __builtin_memcpy(row + layout.rope_offset + j, &word, 4);
-      }
-    }
+    for (int32_t i = 0; i < layout.rope; ++i) row[layout.rope_offset + i] = from.rope[i] ^ std::byte{0x80};
     store_scales(scale, from.rope_scale, layout, row);
   }
 
   template <class Simd>
   static void stage(Int16<Simd>, const std::byte* codes, const std::byte*, const RowLayout& layout, std::byte* row) {
+    using Word = typename Simd::Word;
     constexpr int kWide = 2 * Simd::kLanes;
     const Planes from = planes(codes, layout.latent, layout.rope);
     const int32_t blocks = layout.latent / kBlock;
     const float scale = recode_blocks<Simd, Simd::kBytes / kBlock>(
-        from.scales, blocks, 127, Int16<Simd>::kKeyMax, 128, [&](int32_t b, const int32_t* factor) {
+        from.scales, blocks, 127, Int16<Simd>::kKeyMax, 128, [&](int32_t b, Word factors, int lane) {
           alignas(64) std::byte level[Simd::kBytes];
           Simd::store_word(level, levels<Simd>(from.nibbles, b, blocks));
           for (int i = 0; i < Simd::kBytes; i += kWide) {
             const auto code = Simd::widen8(level + i, 0);
-            Simd::store_word(row + 2 * (b * kBlock + i), Simd::template rescale16<8>(code, factor[i / kBlock]));
+            Simd::store_word(row + 2 * (b * kBlock + i), Simd::template rescale16<8>(code, factors, lane + i / kBlock));
           }
         });
     for (int32_t i = 0; i < layout.rope; i += kWide) {
@@ -179,13 +174,14 @@ struct Q4Kv {
     __builtin_memcpy(row + layout.scale_offset + 4, rope, 4);
   }
 
-  // The levels of one vector of blocks from b on; past the last block the last one is repeated.
+  // The levels of one vector of blocks from b on; past the last block they are anything.
   template <class Simd>
   static typename Simd::Word levels(const std::byte* nibbles, int32_t b, int32_t blocks) {
     constexpr int kBlocks = Simd::kBytes / kBlock;
-    const std::byte* from[kBlocks];
-    for (int i = 0; i < kBlocks; ++i) from[i] = nibbles + 16 * (b + i < blocks ? b + i : blocks - 1);
-    return Simd::look_up4(from, kLevels);
+    if (b + kBlocks <= blocks) return Simd::look_up4(nibbles + 16 * b, kLevels);
+    std::byte rest[16 * kBlocks] = {};
+    __builtin_memcpy(rest, nibbles + 16 * b, 16);
+    return Simd::look_up4(rest, kLevels);
   }
 };
 

@@ -109,16 +109,15 @@ struct Q6_0 {
   }
 
  private:
-  // Unpacks the blocks of one vector from block b on; past the last block the last one is repeated.
+  // Unpacks the blocks of one vector from block b on. Where fewer are left before `end`, the rest is 0.
   template <class Simd>
-  static typename Simd::Word unpack(const std::byte* codes, int32_t d, int32_t b, int32_t last) {
+  static typename Simd::Word unpack(const std::byte* codes, int32_t d, int32_t b, int32_t end) {
     constexpr int kBlocks = Simd::kBytes / kBlock;
-    const std::byte *nibbles[kBlocks], *high[kBlocks];
-    for (int i = 0; i < kBlocks; ++i) {
-      const Planes from = planes(codes, d, b + i < last ? b + i : last);
-      nibbles[i] = from.nibbles;
-      high[i] = from.high;
-    }
+    const Planes from = planes(codes, d, b);
+    if (b + kBlocks <= end) return Simd::unpack6(from.nibbles, from.high);
+    std::byte nibbles[16 * kBlocks] = {}, high[8 * kBlocks] = {};
+    __builtin_memcpy(nibbles, from.nibbles, 16);
+    __builtin_memcpy(high, from.high, 8);
     return Simd::unpack6(nibbles, high);
   }
 
@@ -129,7 +128,7 @@ struct Q6_0 {
     for (int32_t b = 0; b < blocks; ++b) {
       constexpr int kBlocks = Simd::kBytes / kBlock;
       alignas(64) std::byte u[Simd::kBytes];
-      if (b % kBlocks == 0) Simd::store_word(u, unpack<Simd>(codes, d, first + b, first + blocks - 1));
+      if (b % kBlocks == 0) Simd::store_word(u, unpack<Simd>(codes, d, first + b, first + blocks));
       const auto scale = Simd::set(f16_to_float(load_u16(scales + 2 * b)));
       for (int i = 0; i < kBlock; i += Simd::kLanes) {
         const auto code = Simd::sub(Simd::load_u8(u + b % kBlocks * kBlock + i), bias);
@@ -140,24 +139,26 @@ struct Q6_0 {
 
   template <class Simd>
   static float recode(Int8<Simd>, const std::byte* codes, int32_t d, int32_t first, int32_t blocks, std::byte* to) {
+    using Word = typename Simd::Word;
     const auto bias = Simd::set_word(static_cast<int32_t>(0x80808080u));
     return recode_blocks<Simd, Simd::kBytes / kBlock>(
-        planes(codes, d, first).scales, blocks, 32, Int8<Simd>::kKeyMax, 8192, [&](int32_t b, const int32_t* factor) {
-          const auto u = unpack<Simd>(codes, d, first + b, first + blocks - 1);
-          Simd::store_word(to + b * kBlock, Simd::bit_xor(Simd::rescale8(u, 32, factor), bias));
+        planes(codes, d, first).scales, blocks, 32, Int8<Simd>::kKeyMax, 128, [&](int32_t b, Word factors, int lane) {
+          const auto u = unpack<Simd>(codes, d, first + b, first + blocks);
+          Simd::store_word(to + b * kBlock, Simd::bit_xor(Simd::rescale8(u, 32, factors, lane), bias));
         });
   }
 
   template <class Simd>
   static float recode(Int16<Simd>, const std::byte* codes, int32_t d, int32_t first, int32_t blocks, std::byte* to) {
+    using Word = typename Simd::Word;
     constexpr int kStep = Simd::kBytes / kBlock, kWide = 2 * Simd::kLanes;
     return recode_blocks<Simd, kStep>(
-        planes(codes, d, first).scales, blocks, 32, Int16<Simd>::kKeyMax, 32, [&](int32_t b, const int32_t* factor) {
+        planes(codes, d, first).scales, blocks, 32, Int16<Simd>::kKeyMax, 32, [&](int32_t b, Word factors, int lane) {
           alignas(64) std::byte u[Simd::kBytes];
-          Simd::store_word(u, unpack<Simd>(codes, d, first + b, first + blocks - 1));
+          Simd::store_word(u, unpack<Simd>(codes, d, first + b, first + blocks));
           for (int i = 0; i < Simd::kBytes; i += kWide) {
             const auto code = Simd::sub16(Simd::widen8(u + i, 0), 32);
-            Simd::store_word(to + 2 * (b * kBlock + i), Simd::template rescale16<10>(code, factor[i / kBlock]));
+            Simd::store_word(to + 2 * (b * kBlock + i), Simd::template rescale16<10>(code, factors, lane + i / kBlock));
           }
         });
   }

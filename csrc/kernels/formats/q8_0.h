@@ -85,10 +85,11 @@ struct Q8_0 {
  private:
   template <class Simd>
   static float recode(const std::byte* codes, const std::byte* scales, int32_t count, std::byte* to) {
+    using Word = typename Simd::Word;
     return recode_blocks<Simd, 1>(
-        scales, count / kBlock, 127, Int16<Simd>::kKeyMax, 128, [&](int32_t b, const int32_t* factor) {
+        scales, count / kBlock, 127, Int16<Simd>::kKeyMax, 128, [&](int32_t b, Word factors, int lane) {
           for (int i = b * kBlock; i < (b + 1) * kBlock; i += 2 * Simd::kLanes) {
-            Simd::store_word(to + 2 * i, Simd::template rescale16<8>(Simd::widen8(codes + i, 0), *factor));
+            Simd::store_word(to + 2 * i, Simd::template rescale16<8>(Simd::widen8(codes + i, 0), factors, lane));
           }
         });
   }

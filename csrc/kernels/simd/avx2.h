@@ -54,6 +54,7 @@ struct Avx2 {
   // Words.
   static Float to_float(Word x) { return _mm256_cvtepi32_ps(x); }
   static Word round_to_word(Float x) { return _mm256_cvtps_epi32(x); }
+  static bool any_negative(Word x) { return _mm256_movemask_ps(_mm256_castsi256_ps(x)) != 0; }
   static Word bit_or(Word a, Word b) { return _mm256_or_si256(a, b); }
   static Word bit_xor(Word a, Word b) { return _mm256_xor_si256(a, b); }
   template <int kBits>
@@ -167,35 +168,32 @@ struct Avx2 {
   }
   static Word sub16(Word x, int bias) { return _mm256_sub_epi16(x, _mm256_set1_epi16(static_cast<short>(bias))); }
   template <int kShift>
-  static Word rescale16(Word codes, int32_t factor) {
-    return _mm256_mulhrs_epi16(_mm256_slli_epi16(codes, kShift), _mm256_set1_epi16(static_cast<short>(factor)));
+  static Word rescale16(Word codes, Word factors, int lane) {
+    return _mm256_mulhrs_epi16(_mm256_slli_epi16(codes, kShift), _mm256_permutevar8x32_epi32(factors, set_word(lane)));
   }
 
   // 32 (4 * kLanes) packed codes: one block of 32.
   static constexpr int kBytes = 32;
-  static Word unpack4(const std::byte* const nibbles[1]) {
-    const Word n = _mm256_broadcastsi128_si256(load128(nibbles[0]));
+  static Word unpack4(const std::byte* nibbles) {
+    const Word n = _mm256_broadcastsi128_si256(load128(nibbles));
     return _mm256_and_si256(_mm256_srlv_epi64(n, _mm256_set_epi64x(4, 4, 0, 0)), _mm256_set1_epi8(15));
   }
-  static Word look_up4(const std::byte* const nibbles[1], const int8_t table[16]) {
-    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load128(table)), unpack4(nibbles));
-  }
-  static Word unpack6(const std::byte* const nibbles[1], const std::byte* const high[1]) {
-    const Word n = unpack4(nibbles);
+  static Word unpack6(const std::byte* nibbles, const std::byte* high) {
     int64_t bits;
-    __builtin_memcpy(&bits, high[0], 8);
+    __builtin_memcpy(&bits, high, 8);
     Word h = _mm256_srlv_epi64(_mm256_set1_epi64x(bits), _mm256_set_epi64x(6, 4, 2, 0));
     h = _mm256_slli_epi16(_mm256_and_si256(h, _mm256_set1_epi8(3)), 4);
-    return _mm256_or_si256(n, h);
+    return _mm256_or_si256(unpack4(nibbles), h);
   }
-  static Word rescale8(Word codes, int bias, const int32_t factor[1]) {
+  static Word look_up4(const std::byte* nibbles, const int8_t table[16]) {
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load128(table)), unpack4(nibbles));
+  }
+  static Word rescale8(Word codes, int bias, Word factors, int lane) {
     const Word s = _mm256_sub_epi8(codes, _mm256_set1_epi8(static_cast<char>(bias)));
-    const Word f = _mm256_set1_epi16(static_cast<short>(factor[0]));
-    Word a = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(s));
-    Word b = _mm256_cvtepi8_epi16(_mm256_extracti128_si256(s, 1));
-    a = _mm256_mulhrs_epi16(_mm256_slli_epi16(a, 2), f);
-    b = _mm256_mulhrs_epi16(_mm256_slli_epi16(b, 2), f);
-    return _mm256_permute4x64_epi64(_mm256_packs_epi16(a, b), 0xd8);
+    const Word f = _mm256_permutevar8x32_epi32(factors, set_word(lane));
+    const Word low = _mm256_mulhrs_epi16(_mm256_unpacklo_epi8(_mm256_setzero_si256(), s), f);
+    const Word high = _mm256_mulhrs_epi16(_mm256_unpackhi_epi8(_mm256_setzero_si256(), s), f);
+    return _mm256_packs_epi16(low, high);
   }
 
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

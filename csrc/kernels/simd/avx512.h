@@ -52,6 +52,7 @@ struct Avx512 {
   // Words.
   static Float to_float(Word x) { return _mm512_cvtepi32_ps(x); }
   static Word round_to_word(Float x) { return _mm512_cvtps_epi32(x); }
+  static bool any_negative(Word x) { return _mm512_movepi32_mask(x) != 0; }
   static Word bit_or(Word a, Word b) { return _mm512_or_si512(a, b); }
   static Word bit_xor(Word a, Word b) { return _mm512_xor_si512(a, b); }
   template <int kBits>
@@ -178,44 +179,40 @@ struct Avx512 {
   }
   static Word sub16(Word x, int bias) { return _mm512_sub_epi16(x, _mm512_set1_epi16(static_cast<short>(bias))); }
   template <int kShift>
-  static Word rescale16(Word codes, int32_t factor) {
-    return _mm512_mulhrs_epi16(_mm512_slli_epi16(codes, kShift), _mm512_set1_epi16(static_cast<short>(factor)));
+  static Word rescale16(Word codes, Word factors, int lane) {
+    return _mm512_mulhrs_epi16(_mm512_slli_epi16(codes, kShift), _mm512_permutexvar_epi32(set_word(lane), factors));
   }
 
   // 64 (4 * kLanes) packed codes: two blocks of 32.
   static constexpr int kBytes = 64;
-  // Four-bit codes of two blocks of 16 bytes: low nibbles, then high ones.
-  static Word unpack4(const std::byte* const nibbles[2]) {
-    __m512i n = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(nibbles[0])));
-    n = _mm512_inserti64x2(n, _mm_loadu_si128(reinterpret_cast<const __m128i*>(nibbles[1])), 1);
-    n = _mm512_permutexvar_epi64(_mm512_set_epi64(3, 2, 3, 2, 1, 0, 1, 0), n);
-    n = _mm512_and_si512(_mm512_srlv_epi64(n, _mm512_set_epi64(4, 4, 0, 0, 4, 4, 0, 0)), _mm512_set1_epi8(15));
-    return n;
+  // Four-bit codes of two neighbouring blocks of 16 bytes: low nibbles, then high ones.
+  static Word unpack4(const std::byte* nibbles) {
+    const __m512i n = _mm512_permutexvar_epi64(_mm512_set_epi64(3, 2, 3, 2, 1, 0, 1, 0),
+                                               _mm512_castsi256_si512(load256(nibbles)));
+    const __m512i shifted = _mm512_srlv_epi64(n, _mm512_set_epi64(4, 4, 0, 0, 4, 4, 0, 0));
+    return _mm512_and_si512(shifted, _mm512_set1_epi8(15));
   }
-  // Six-bit codes (0..63) of two blocks: 16 bytes of nibbles and 8 bytes of high bits each.
-  static Word unpack6(const std::byte* const nibbles[2], const std::byte* const high[2]) {
-    const __m512i n = unpack4(nibbles);
-    int64_t h0, h1;
-    __builtin_memcpy(&h0, high[0], 8);
-    __builtin_memcpy(&h1, high[1], 8);
-    __m512i h = _mm512_mask_blend_epi64(0xf0, _mm512_set1_epi64(h0), _mm512_set1_epi64(h1));
+  // Six-bit codes (0..63): nibbles and 8 bytes of high bits per block.
+  static Word unpack6(const std::byte* nibbles, const std::byte* high) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(high));
+    __m512i h = _mm512_permutexvar_epi64(_mm512_set_epi64(1, 1, 1, 1, 0, 0, 0, 0), _mm512_castsi128_si512(bits));
     h = _mm512_srlv_epi64(h, _mm512_set_epi64(6, 4, 2, 0, 6, 4, 2, 0));
     h = _mm512_slli_epi16(_mm512_and_si512(h, _mm512_set1_epi8(3)), 4);
-    return _mm512_or_si512(n, h);
+    return _mm512_or_si512(unpack4(nibbles), h);
   }
   // Four-bit codes replaced by their entry of a table.
-  static Word look_up4(const std::byte* const nibbles[2], const int8_t table[16]) {
+  static Word look_up4(const std::byte* nibbles, const int8_t table[16]) {
     const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(entries), unpack4(nibbles));
   }
-  // (code - bias) * factor / 8192, rounded, as int8; one factor (< 4 * 8192) per block of 32 codes.
-  static Word rescale8(Word codes, int bias, const int32_t factor[2]) {
+  // (code - bias) * factor / 128, rounded, as int8; lanes `lane` and `lane + 1` of factors (< 4 * 128) for the two blocks.
+  static Word rescale8(Word codes, int bias, Word factors, int lane) {
     const __m512i s = _mm512_sub_epi8(codes, _mm512_set1_epi8(static_cast<char>(bias)));
-    __m512i a = _mm512_cvtepi8_epi16(_mm512_castsi512_si256(s));
-    __m512i b = _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(s, 1));
-    a = _mm512_mulhrs_epi16(_mm512_slli_epi16(a, 2), _mm512_set1_epi16(static_cast<short>(factor[0])));
-    b = _mm512_mulhrs_epi16(_mm512_slli_epi16(b, 2), _mm512_set1_epi16(static_cast<short>(factor[1])));
-    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtsepi16_epi8(a)), _mm512_cvtsepi16_epi8(b), 1);
+    const Word blocks = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+    const Word f = _mm512_permutexvar_epi32(_mm512_add_epi32(blocks, set_word(lane)), factors);
+    const __m512i low = _mm512_mulhrs_epi16(_mm512_unpacklo_epi8(_mm512_setzero_si512(), s), f);
+    const __m512i high = _mm512_mulhrs_epi16(_mm512_unpackhi_epi8(_mm512_setzero_si512(), s), f);
+    return _mm512_packs_epi16(low, high);
   }
 
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

@@ -13,7 +13,7 @@
 //   sub16, rescale16      (code << kShift) * factor / 2^15, rounded
 //   dot_u8s8              with kInt8Dot: int32 dot of four codes, the first unsigned
 //   unpack4, unpack6      with either integer dot: kBytes codes of four or six bits from their planes
-//   look_up4, rescale8    four-bit codes through a table; (code - bias) * factor / 8192 as int8
+//   look_up4, rescale8    four-bit codes through a table; (code - bias) * factor / 128 as int8
 #pragma once
 #include <concepts>
 #include <cstddef>
@@ -24,7 +24,7 @@ namespace {
 
 template <class S>
 concept SimdVocabulary = requires(typename S::Float f, typename S::Word w, typename S::Float* fs, typename S::Word* ws,
-                                  float* p, void* v, const void* cv, const std::byte* const* planes, const int32_t* factor) {
+                                  float* p, void* v, const void* cv, const std::byte* plane) {
   { S::kLanes } -> std::convertible_to<int>;
   { S::kRegisters } -> std::convertible_to<int>;
   { S::load(p) } -> std::same_as<typename S::Float>;
@@ -54,15 +54,16 @@ concept SimdVocabulary = requires(typename S::Float f, typename S::Word w, typen
     S::restore16(fs);
   };
   requires !(S::kInt8Dot || S::kInt16Dot) || requires(const int8_t* table) {
-    { S::unpack6(planes, planes) } -> std::same_as<typename S::Word>;
-    { S::look_up4(planes, table) } -> std::same_as<typename S::Word>;
-    { S::rescale8(w, 0, factor) } -> std::same_as<typename S::Word>;
+    { S::any_negative(w) } -> std::same_as<bool>;
+    { S::unpack6(plane, plane) } -> std::same_as<typename S::Word>;
+    { S::look_up4(plane, table) } -> std::same_as<typename S::Word>;
+    { S::rescale8(w, 0, w, 0) } -> std::same_as<typename S::Word>;
   };
   requires !S::kInt16Dot || requires {
     { S::dot_s16(w, w, w) } -> std::same_as<typename S::Word>;
     { S::widen8(cv, 0) } -> std::same_as<typename S::Word>;
     { S::sub16(w, 0) } -> std::same_as<typename S::Word>;
-    { S::template rescale16<8>(w, 0) } -> std::same_as<typename S::Word>;
+    { S::template rescale16<8>(w, w, 0) } -> std::same_as<typename S::Word>;
     S::interleave16(w, w, ws);
     S::restore16(fs);
     S::store_s16(v, w);
