@@ -41,7 +41,7 @@ def test_random_sizes(isa, seed):
 
 @functools.cache
 def draws(cache_format: str, kind: str) -> mla_cases.Problem:
-    """50 sequences, each a draw. Queries that bf16 holds: what it would lose is not the question."""
+    """50 sequences, each a draw. Queries that bf16 holds: its loss is not the question."""
     case = Case("scalar", cache_format, heads=16)
     factors = {"peaky": {"q_factor": 3.0}, "sink": {"key_factor": 4.0}}.get(kind, {})
     problem = make_problem(case, list(range(250, 300)), **factors)
