@@ -55,9 +55,11 @@ struct Q8_0 {
     decode_blocks(row + l, scales + l / kBlock * 2, r, rope);
   }
 
+  // bf16 is the faster of the two, and exact enough where the query is bf16 already.
   template <class Simd>
-  static constexpr ArithmeticId arithmetic(ScalarType) {
-    return Simd::kBf16Dot ? ArithmeticId::kBf16 : Simd::kInt16Dot ? ArithmeticId::kInt16 : ArithmeticId::kF32;
+  static constexpr ArithmeticId arithmetic(ScalarType query) {
+    if (Simd::kBf16Dot && query == ScalarType::kBf16) return ArithmeticId::kBf16;
+    return Simd::kInt16Dot ? ArithmeticId::kInt16 : ArithmeticId::kF32;
   }
 
   // Float arithmetics take the same values: code * scale, stored as their elements are.
