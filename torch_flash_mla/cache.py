@@ -88,7 +88,7 @@ class PagedLatentCache:
 
     Args:
         num_layers: number of pools.
-        latent_dim: L, for all layers or one per layer; None: ``define_layer`` tells, layer by layer.
+        latent_dim: L, for all layers or one per layer; None: ``define_layer`` tells each.
         rope_dim: R, for all layers or one per layer; 0 is fine.
         dtype: bfloat16, float16 or float32: element type of the rows in ``kv_cache_dtype="auto"``.
         kv_cache_dtype: "auto" or a packed format (``formats.PACKED_FORMATS``; L and R multiples of
@@ -107,6 +107,11 @@ class PagedLatentCache:
     Raises:
         ValueError: a size, dtype or format that cannot be.
     """
+
+    block_table: Tensor
+    cache_seqlens: Tensor
+    slot_mapping: Tensor | None
+    batch: int
 
     def __init__(
         self,
@@ -341,7 +346,7 @@ class PagedLatentCache:
         self.allocator = BlockAllocator(max_batch * per_row)
         self._blocks = [self.allocator.allocate(per_row) for _ in range(max_batch)]
         self.batch = 0
-        self.slot_mapping: Tensor | None = None
+        self.slot_mapping = None
         with torch.inference_mode(False):  # later steps write to them in whatever mode they run
             self.block_table = torch.zeros(max_batch, max(per_row, 1), dtype=torch.int32)
             self.cache_seqlens = torch.zeros(max_batch, dtype=torch.int32)
@@ -360,10 +365,11 @@ class PagedLatentCache:
 
     def _check_room(self, batch: int, new_tokens: int) -> None:
         longest = max(self.cache_seqlens[:batch].tolist(), default=0)
-        if longest + new_tokens > self.max_cache_len:
+        room = self.block_table.shape[1] * self.block_size
+        if longest + new_tokens > room:
             raise ValueError(
-                f"new_tokens: got {new_tokens}, but a sequence of {longest} tokens is in a cache of "
-                f"max_cache_len={self.max_cache_len}"
+                f"new_tokens: got {new_tokens}, but a sequence of {longest} tokens is in a cache "
+                f"of max_cache_len={room}"
             )
 
     def _make_room(self, batch: int, new_tokens: int) -> None:
@@ -409,18 +415,20 @@ class PagedLatentCache:
         copies = []
         for row, blocks, length in rows:
             full = length // self.block_size
+            held = self._blocks_held(length)
             own = []
-            for position in range(full, self._blocks_held(length)):
-                block = blocks[position] if position < len(blocks) else None
-                if block is not None and keeper[block] == row and allocator.references[block] == 1:
-                    own.append(block)
-                    continue
-                if block is not None and keeper[block] == row:
+            for position, block in enumerate(blocks[full:held], start=full):
+                if keeper[block] == row:
+                    if allocator.references[block] == 1:
+                        own.append(block)
+                        continue
                     allocator.release([block])
                 self._ensure_free(1)
                 own += allocator.allocate(1)
                 if position == full and length % self.block_size:
                     copies.append((block, own[-1]))
+            self._ensure_free(held - full - len(own))
+            own += allocator.allocate(held - full - len(own))
             self._blocks[row] = blocks[:full] + own
             self._write_table(row)
         self._write_lengths({row: length for row, _, length in rows})
@@ -438,7 +446,7 @@ class PagedLatentCache:
         return self._blocks_of(length) if self.max_blocks is None else self.max_blocks
 
     def _ensure_free(self, count: int) -> None:
-        """Enlarges the pools until ``count`` blocks are free. Fixed ones hold enough as they are."""
+        """Enlarges the pools until ``count`` blocks are free. Fixed ones always hold enough."""
         needed = self.allocator.num_blocks - self.allocator.num_free + count
         if needed <= self.allocator.num_blocks:
             return

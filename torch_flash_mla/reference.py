@@ -62,11 +62,11 @@ def mla_attention(
     batch = cache_seqlens.shape[0]
     if cu_seqlens_q is None:
         queries = list(q)
+        chosen = None if indices is None else list(indices)
     else:
-        starts = cu_seqlens_q.tolist()
-        queries = [q[starts[b] : starts[b + 1]] for b in range(batch)]
-        if indices is not None:
-            indices = [indices[starts[b] : starts[b + 1]] for b in range(batch)]
+        sizes = cu_seqlens_q.diff().tolist()
+        queries = list(q.split(sizes))
+        chosen = None if indices is None else list(indices.split(sizes))
 
     out, lse = [], []
     for b in range(batch):
@@ -81,7 +81,7 @@ def mla_attention(
             causal,
             window,
             0 if cache_leftpad is None else int(cache_leftpad[b]),
-            None if indices is None else indices[b],
+            None if chosen is None else chosen[b],
             None if topk_length is None else int(topk_length[b]),
         )
         bias = torch.zeros((), dtype=torch.float64)
@@ -146,10 +146,10 @@ def visible_keys(
     if window > 0:
         keep &= position >= limit - window
     if indices is not None:
-        chosen = indices[:, :topk_length].long()
-        valid = (chosen >= 0) & (chosen < length)
+        positions = indices[:, :topk_length].long()
+        valid = (positions >= 0) & (positions < length)
         listed = torch.zeros(q_len, length + 1, dtype=torch.bool)
-        listed.scatter_(1, torch.where(valid, chosen, length), True)
+        listed.scatter_(1, torch.where(valid, positions, length), True)
         keep &= listed[:, :length]
     return keep
 
