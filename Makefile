@@ -4,7 +4,7 @@
 #   make demo         generates text with the tiny model, then times one attention layer
 #   make test         the fast tests;  make test SLOW=1: all but the exhaustive ones
 #   make lint         ruff, mypy, clang-format;  make format repairs what they can
-#   make bench        rate of the operator per cache format
+#   make bench        rate of the operator per cache format, beside the instruction roof and PyTorch
 #   make clean        removes what was built; the environment stays
 
 PYTHON ?= python3
@@ -39,7 +39,7 @@ format: setup
 	$(VENV)/bin/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
 
 bench: setup
-	$(PY) benchmarks/rate.py
+	$(PY) -m torch_flash_mla.bench decode
 
 clean:
 	rm -rf build dist *.egg-info torch_flash_mla/_C*.so $(STAMPS)/build $(STAMPS)/install

@@ -29,15 +29,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import torch_flash_mla
+
+try:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+except ImportError as error:
+    raise SystemExit(
+        f"torch_flash_mla.bench: {error}. It prints with rich and plots with matplotlib: "
+        "pip install rich matplotlib"
+    ) from None
+
 from torch_flash_mla.bench import cases, report, suites
 from torch_flash_mla.bench.measure import Effort
 
@@ -121,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
         p = commands.add_parser(
             name,
             help=command.title,
-            description=command.suite.__doc__,
+            description=inspect.getdoc(command.suite),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         p.add_argument("--quick", action="store_true", help="small cases, short measurements")

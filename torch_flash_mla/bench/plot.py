@@ -91,7 +91,8 @@ def _decode(figure: Any, rows: list[Row]) -> None:
     first = figure.axes[0]
     first.set_ylabel("GFLOP/s (in bars: % of roof)")
     _marks(first, rows)
-    figure.legend(loc="outside upper center", ncols=8, fontsize=8, frameon=False)
+    handles = first.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper right", ncols=8, fontsize=8, frameon=False)
 
 
 def _prefill(figure: Any, rows: list[Row]) -> None:
@@ -126,7 +127,7 @@ def _append(figure: Any, rows: list[Row]) -> None:
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True).flat
     for ax, isa in zip(axes, panels, strict=True):
         part = [{**r, "us": r["seconds_per_token"] * 1e6} for r in _matching(rows, isa=isa)]
-        _grouped_bars(ax, part, "format", "tokens", "us", "tokens at once")
+        _grouped_bars(ax, part, "format", "tokens", "us", "token(s) at once")
         ax.set_yscale("log")
         ax.set_title(isa, fontsize=10)
     figure.axes[0].set_ylabel("us per token")
@@ -146,6 +147,7 @@ def _threads(figure: Any, rows: list[Row]) -> None:
         ax.plot(x, y, style, color=SHADES[i % len(SHADES)], label=label, ms=5)
     ax.set_xticks(counts)
     ax.set_xlabel("threads")
+    ax.set_ylim(0)
     ax.set_ylabel("speed beside one thread")
     ax.legend(fontsize=8)
 
@@ -168,7 +170,7 @@ def write_plot(path: str, command: str, title: str, where: dict[str, Any], rows:
     if command == "decode":
         tall = -(-len(_distinct(rows, "isa", "n_kv", "queries")) // 3)
     figure = Figure(figsize=(9, 1 + 3.4 * tall), dpi=150, layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     _PICTURES[command](figure, rows)
     for ax in figure.axes:
         ax.spines[["top", "right"]].set_visible(False)

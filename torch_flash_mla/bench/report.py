@@ -18,6 +18,7 @@ from torch_flash_mla import ops
 
 Row = dict[str, Any]
 
+
 def duration(seconds: float) -> str:
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if abs(seconds) >= size:

@@ -27,7 +27,8 @@ INSTRUCTIONS = {
     ("avx512_bf16", "int16"): "zmm vpdpwssd",
     ("avx512_bf16", "int8"): "zmm vpdpbusd",
 }
-_ITERATIONS = 20_000  # a fraction of a millisecond: long beside the call, short beside a time slice
+# About a millisecond: long beside the call and the meeting of threads, short beside a time slice.
+_ITERATIONS = 200_000
 
 
 def flop_of_spin(isa: str, arithmetic: str) -> float:
