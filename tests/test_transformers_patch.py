@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.util
 import io
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -135,7 +137,9 @@ class TestPatch:
         assert "TORCH_FLASH_MLA_DISABLE" in str(report)
         assert "expand_kv" not in mla_layers(stock)[0].__dict__
 
-    def test_selected_by_name(self, stock: PreTrainedModel, ids: Tensor, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("family", [FAMILY, "hy_v4"])
+    def test_selected_by_name(self, family: str, ids: Tensor, tmp_path: Path) -> None:
+        stock = small_model(family)
         stock.save_pretrained(tmp_path)
         named = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="mla_cpu")
         assert_near(logits(named, ids), logits(stock, ids))
@@ -165,8 +169,9 @@ class TestGenerate:
             {"num_beams": 3, "num_return_sequences": 2},
             {"prompt_lookup_num_tokens": 3, "max_new_tokens": 40},
             {"prefill_chunk_size": 4},
+            {"prefill_chunk_size": 4, "cache_implementation": "static"},
         ],
-        ids=["sampling", "beams", "prompt lookup", "chunked prefill"],
+        ids=["sampling", "beams", "prompt lookup", "chunked prefill", "chunked prefill, static"],
     )
     def test_same_text(
         self, stock: PreTrainedModel, model: PreTrainedModel, arguments: dict[str, Any]
@@ -176,6 +181,16 @@ class TestGenerate:
         torch.manual_seed(3)
         with watch(model):
             assert torch.equal(text(model, **arguments), expected)
+
+    def test_early_exit(self, stock: PreTrainedModel, model: PreTrainedModel) -> None:
+        """The model assists itself with its first layer."""
+        assert torch.equal(text(model, assistant_early_exit=1), text(stock))
+
+    def test_flex_attention_masks(self, stock: PreTrainedModel, model: PreTrainedModel) -> None:
+        model.set_attn_implementation("flex_attention")
+        with watch(model):
+            actual = text(model, (9, 4))
+        assert torch.equal(actual, text(stock, (9, 4)))
 
     @pytest.mark.parametrize("fixed", [False, True])
     def test_continued(self, stock: PreTrainedModel, model: PreTrainedModel, fixed: bool) -> None:
@@ -354,6 +369,26 @@ class TestTraining:
             actual = model(ids, output_attentions=True, past_key_values=cache)
             for a, e in zip(actual.attentions, expected.attentions, strict=True):
                 assert_near(a, e)
+
+
+class TestLifetime:
+    def test_memory_is_returned_at_once(self, stock: PreTrainedModel, ids: Tensor) -> None:
+        """Neither a cache nor a patched model waits for the garbage collector."""
+        model = copy.deepcopy(stock)
+        patch(model)
+        cache = MLACache(model.config)
+        gc.collect()
+        gc.disable()
+        try:
+            logits(model, ids, past_key_values=cache)
+            pages = weakref.ref(cache.pages.paged)
+            del cache
+            assert pages() is None
+            layer = weakref.ref(mla_layers(model)[0])
+            del model
+            assert layer() is None
+        finally:
+            gc.enable()
 
 
 class TestCopies:

@@ -165,8 +165,10 @@ class LatentPages(CacheLayerMixin):
         length = self._carrier_length()
         self.keys = self._nan.expand(batch, 1, length, latent)
         self.values = self._nan.expand(batch, 1, length, value_states.shape[3])
-        setattr(self.keys, _CARRIER, self)
-        return self.keys, self.values
+        # Not self.keys itself: a cycle would keep the pages until the garbage collector comes.
+        carrier = self._nan.expand(batch, 1, length, latent)
+        setattr(carrier, _CARRIER, self)
+        return carrier, self.values
 
     def reset(self) -> None:
         self.keys = self.values = None
@@ -264,8 +266,8 @@ class MLACache(Cache):
         layers: indices of the MLA layers; None takes every layer with full or indexed attention.
 
     Raises:
-        ValueError: at the first use: a size, format or dtype that cannot be, or layers that turn
-            out not to be MLA.
+        ValueError: a size, format or dtype that cannot be, or layers that turn out not to be MLA;
+            mostly at the first use, which shows dims and dtype.
     """
 
     def __init__(
@@ -277,6 +279,8 @@ class MLACache(Cache):
         dtype: torch.dtype | None = None,
         layers: Iterable[int] | None = None,
     ) -> None:
+        if block_size < 1:
+            raise ValueError(f"block_size: got {block_size}, expected at least 1")
         text_config = config.get_text_config(decoder=True)
         arguments: dict[str, int] = {}
         ours: dict[type, type[LatentPages]]

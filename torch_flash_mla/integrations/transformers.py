@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import copy
 import os
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,26 +107,38 @@ class PatchReport:
 class _CacheForGeneration:
     """Stands in for ``model._prepare_cache_for_generation``: an MLACache where nothing was asked.
 
-    An object and not a closure, so that the model can still be pickled and deep-copied.
+    An object and not a closure, so that the model can still be pickled and deep-copied. It refers
+    to its model weakly: dropping the model frees the weights at once.
     """
 
     def __init__(self, model: Any, kv_cache_dtype: str) -> None:
-        self.model = model
+        self._model = weakref.ref(model)
         self.kv_cache_dtype = kv_cache_dtype
+
+    @property
+    def model(self) -> Any:
+        return self._model()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model, "kv_cache_dtype": self.kv_cache_dtype}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
     def __call__(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        stock = type(self.model)._prepare_cache_for_generation
+        model = self.model
+        stock = type(model)._prepare_cache_for_generation
         explicit = (
             model_kwargs.get("past_key_values") is not None
             or generation_config.cache_implementation is not None
             or generation_config.use_cache is False
         )
         if explicit:
-            return stock(self.model, generation_config, model_kwargs, *args, **kwargs)
-        layers = {m.layer_idx for m in self.model.modules() if patch_state(m) is not None}
-        cache = MLACache(self.model.config, self.kv_cache_dtype, layers=layers)
+            return stock(model, generation_config, model_kwargs, *args, **kwargs)
+        layers = {m.layer_idx for m in model.modules() if patch_state(m) is not None}
+        cache = MLACache(model.config, self.kv_cache_dtype, layers=layers)
         model_kwargs["past_key_values"] = cache
         if generation_config.is_assistant:
             cache.activate_past_recording()
