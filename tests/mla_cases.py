@@ -24,8 +24,7 @@ from torch_flash_mla.formats import PACKED_FORMATS
 FLOAT_FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FORMATS = (*FLOAT_FORMATS, *PACKED_FORMATS)
 
-# Which arithmetic computes what: packed formats ignore the dtype of the queries, float caches are
-# never read more coarsely than the queries are. What is not listed is F32.
+# Which arithmetic computes what, F32 where nothing is listed. BF16 serves bf16 queries only.
 ARITHMETIC = {
     **{("avx2", name): "INT16" for name in PACKED_FORMATS},
     **{("avx2_vnni", name): "INT8" for name in PACKED_FORMATS},
@@ -33,9 +32,9 @@ ARITHMETIC = {
     **{("avx512_bf16", name): "INT8" for name in PACKED_FORMATS},
     ("avx2_vnni", "q8_0"): "INT16",
     ("avx512_vnni", "q8_0"): "INT16",
-    ("avx512_bf16", "q8_0"): "BF16",
-    ("avx512_bf16", "bf16"): "BF16",  # with bf16 queries
+    ("avx512_bf16", "q8_0"): "INT16",
 }
+WITH_BF16_QUERIES = {("avx512_bf16", "bf16"): "BF16", ("avx512_bf16", "q8_0"): "BF16"}
 
 # The bounds. Errors are relative RMS: ||out - expected|| / ||expected||, for each sequence.
 #
@@ -64,9 +63,8 @@ UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32
 
 
 def arithmetic(isa: str, cache_format: str, q_dtype: torch.dtype) -> str:
-    if cache_format == "bf16" and q_dtype != torch.bfloat16:
-        return "F32"
-    return ARITHMETIC.get((isa, cache_format), "F32")
+    known = ARITHMETIC | (WITH_BF16_QUERIES if q_dtype == torch.bfloat16 else {})
+    return known.get((isa, cache_format), "F32")
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PACKED_MULTIPLE = 32
 
 _ROW_BYTES = {
-    "q8_kv": lambda l, r: l + r + 2 * 4,
-    "q8_0": lambda l, r: (l + r) + (l + r) // 32 * 2,
-    "q6_0": lambda l, r: (l + r) // 2 + (l + r) // 4 + (l + r) // 32 * 2,
-    "q4_kv": lambda l, r: l // 2 + l // 32 * 2 + r + 4,
+    "q8_kv": lambda latent, rope: latent + rope + 2 * 4,
+    "q8_0": lambda latent, rope: (latent + rope) * 34 // 32,
+    "q6_0": lambda latent, rope: (latent + rope) * 26 // 32,
+    "q4_kv": lambda latent, rope: latent * 18 // 32 + rope + 4,
 }
 
 PACKED_FORMATS = tuple(_ROW_BYTES)

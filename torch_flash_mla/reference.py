@@ -457,7 +457,7 @@ def _bytes(x: Tensor) -> Tensor:
 
 
 def _from_bytes(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.contiguous().view(dtype)
+    return x.clone(memory_format=torch.contiguous_format).view(dtype)  # aligned, too
 
 
 __all__ = [
