@@ -18,6 +18,14 @@ Tensor by_head(const Tensor& t) {
   return t.permute({2, 0, 1, 3}).reshape({t.size(2), t.size(0) * t.size(1), t.size(3)});
 }
 
+// A slice of w_kv_b as a product takes it best: oneDNN (bf16) wants a dense matrix, transposed or
+// not. Copying the slice is quick; ATen, given the transposed slice, would copy it element by
+// element.
+Tensor dense(const Tensor& weight, at::ScalarType type) {
+  const Tensor converted = weight.to(type);
+  return type == at::kFloat ? converted : converted.contiguous();
+}
+
 std::tuple<Tensor, Tensor> absorbed(Attention& attention, const Queries& queries,
                                     const Tensor& w_uk, const Tensor& w_uv) {
   const int64_t batch = queries.main.size(0);
@@ -27,14 +35,14 @@ std::tuple<Tensor, Tensor> absorbed(Attention& attention, const Queries& queries
   // ATen's fp16 products are slow on CPUs without fp16 arithmetic, and a latent query rounded to
   // fp16 may overflow.
   const at::ScalarType working = type == at::kHalf ? at::kFloat : type;
-  const Tensor q_latent = at::bmm(by_head(queries.main).to(working), w_uk.to(working))
+  const Tensor q_latent = at::bmm(by_head(queries.main).to(working), dense(w_uk, working))
                               .view({heads, batch, q_len, w_uk.size(2)})
                               .permute({1, 2, 0, 3});
   const Tensor out_latent = at::empty({heads, batch, q_len, w_uk.size(2)}, q_latent.options());
   const Tensor lse = run_attention(attention, q_latent, queries.rope.to(working),
                                    out_latent.permute({1, 2, 0, 3}));
   const Tensor out = at::bmm(out_latent.view({heads, batch * q_len, w_uk.size(2)}),
-                             w_uv.to(working).transpose(1, 2))
+                             dense(w_uv, working).transpose(1, 2))
                          .view({heads, batch, q_len, w_uv.size(1)})
                          .permute({1, 2, 0, 3});
   return {out.to(type).contiguous(), lse};
