@@ -1,5 +1,5 @@
-// roof.h: how fast one instruction set can multiply at all: the dot product of an arithmetic on registers alone.
-// The benchmark's yardstick; no kernel uses it.
+// roof.h: how fast one instruction set can multiply at all: the dot product of an arithmetic on
+// registers alone. The benchmark's yardstick; no kernel uses it.
 #pragma once
 #include <cstdint>
 
@@ -12,7 +12,8 @@
 namespace flashmla {
 namespace {
 
-// The same vector, its value unknown to the compiler. No instruction; `volatile`: anew every time, so nothing is hoisted.
+// The same vector, its value unknown to the compiler. No instruction; `volatile`: anew every time,
+// so nothing is hoisted.
 template <class Vector>
 [[gnu::always_inline]] inline Vector unknown(Vector x) {
 #if defined(__aarch64__)
@@ -33,12 +34,14 @@ template <class Vector>
   return x;
 }
 
-// `iterations` products into each of kSums independent accumulators: enough of them to hide the latency of the instruction,
-// few enough to stay in registers beside two operands and a temporary. Returns the flop done.
+// `iterations` products into each of kSums independent accumulators: enough of them to hide the
+// latency of the instruction, few enough to stay in registers beside two operands and a temporary.
+// Returns the flop done.
 template <class Simd, class Arithmetic>
 int64_t spin_products(int64_t iterations) {
   using Acc = typename Arithmetic::Acc;
-  // 16-bit products on 16 registers take two instructions, and only the addition waits: 8 do, and g++ 12 spills more.
+  // 16-bit products on 16 registers take two instructions, and only the addition waits: 8 do, and
+  // g++ 12 spills more.
   constexpr bool kTwoSteps = Simd::kRegisters == 16 && Arithmetic::kGroup == 2;
   constexpr int kSums = kTwoSteps ? 8 : Simd::kRegisters * 3 / 4;
   Acc sum[kSums];

@@ -141,8 +141,8 @@ def parser() -> argparse.ArgumentParser:
                        + ",".join(torch_flash_mla.available_isas()))  # fmt: skip
         p.add_argument("--threads", type=int, default=0, metavar="N",
                        help=f"default: {'all' if name == 'threads' else 1}")  # fmt: skip
-        p.add_argument("--rounds", type=int, default=0, help="turns of each contender (3)")
-        p.add_argument("--seconds", type=float, default=0.0, help="per turn (0.3)")
+        p.add_argument("--rounds", type=int, default=0, help="turns of each contender (5)")
+        p.add_argument("--seconds", type=float, default=0.0, help="per turn (0.2)")
         if name == "roof":
             continue
         p.add_argument("--formats", type=_names(cases.FORMATS), metavar="LIST",
@@ -196,8 +196,8 @@ def options_of(arguments: argparse.Namespace) -> suites.Options:
         baseline=not given.get("no_baseline", False),
         against=given.get("against", ""),
         effort=Effort(
-            arguments.rounds or (1 if arguments.quick else 3),
-            arguments.seconds or (0.05 if arguments.quick else 0.3),
+            arguments.rounds or (1 if arguments.quick else 5),
+            arguments.seconds or (0.05 if arguments.quick else 0.2),
         ),
         memory=64 if arguments.quick else 512,
     )

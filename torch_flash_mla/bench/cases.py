@@ -144,7 +144,7 @@ class Decode:
                 for n in cache.cache_seqlens
                 for _ in range(self.queries)
             ]
-            indices = torch.stack(rows).view(batch, self.queries, self.topk).int()
+            indices = torch.stack(rows).view(batch, self.queries, -1).int()
         q_pe = None
         if cache.k_pe_cache is not None:
             q, q_pe = q.split([dims.latent, dims.rope], -1)

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 class Effort:
     """How long to measure: ``rounds`` turns of about ``seconds`` for each contender."""
 
-    rounds: int = 3
-    seconds: float = 0.3
+    rounds: int = 5
+    seconds: float = 0.2
     least: int = 3  # calls in a turn, however slow
 
 
