@@ -48,7 +48,7 @@ FLOAT_LSE_ERROR = 1e-3  # absolute, in the natural logarithm
 # dequantised values and queries once more, INT8 has 255 steps for all the weights of a tile, most
 # of which one dominant key takes.
 PACKED_RATIO = {"F32": 1.10, "INT16": 1.10, "BF16": 1.5, "INT8": 2.5}
-PACKED_RATIO_WITH_SINK = {"F32": 1.10, "INT16": 1.15, "BF16": 1.5, "INT8": 4.5}
+PACKED_RATIO_WITH_SINK = {"F32": 1.10, "INT16": 1.25, "BF16": 1.5, "INT8": 4.5}
 POOLED_RATIO = {
     "F32": {"normal": 1.01, "peaky": 1.01, "sink": 1.01},
     "INT16": {"normal": 1.10, "peaky": 1.10, "sink": 1.10},

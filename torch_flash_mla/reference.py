@@ -438,7 +438,7 @@ def _encode_levels(blocks: Tensor) -> tuple[Tensor, Tensor]:
         stored = (most / 127 * candidate).clamp(max=_F16_MAX).half()
         scale = stored.float()
         inverse = torch.where(scale > 0, 1 / scale, 0)
-        index = ((blocks * inverse).unsqueeze(-1) > (_LEVELS[1:] + _LEVELS[:-1]) / 2).sum(dim=-1)
+        index = torch.bucketize(blocks * inverse, (_LEVELS[1:] + _LEVELS[:-1]) / 2)
         square = (blocks - scale * _LEVELS[index]).square().unflatten(-1, (4, 8))
         # The order of the sums is the format's: it decides between nearly equal candidates.
         s = (square[..., 0, :] + square[..., 1, :] + square[..., 2, :]) + square[..., 3, :]
