@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
@@ -167,8 +166,11 @@ def main(arguments: list[str] | None = None) -> int:
     if args.compare:
         unpatch(model)
         runs.append(generate(model, tokenizer, args, "stock", silent=True))
-        panels = [Panel(Text(run.text), title=run.title) for run in runs]
-        console.print(Columns(panels, equal=True, expand=True))
+        beside = Table.grid(expand=True)
+        for _ in runs:
+            beside.add_column(ratio=1)
+        beside.add_row(*(Panel(Text(run.text), title=run.title) for run in runs))
+        console.print(beside)
         same = common_length(runs[0].text, runs[1].text)
         console.print(f"The first {same} of {len(runs[0].text)} characters are the same.")
     console.print(summary(runs))
