@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,10 +37,10 @@ def fast() -> transformers.PreTrainedTokenizerBase:
 
 
 @pytest.fixture(scope="module")
-def model() -> Iterator[transformers.PreTrainedModel]:
+def model() -> transformers.PreTrainedModel:
     if not (FOLDER / "model.safetensors").exists():
         pytest.skip("the weights are not here: examples/tiny_model/train.py makes them")
-    yield transformers.AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.bfloat16).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.bfloat16).eval()
 
 
 def random_text(seed: int) -> str:
