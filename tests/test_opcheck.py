@@ -399,6 +399,24 @@ def test_script() -> None:
     torch.testing.assert_close(torch.jit.script(step)(*arguments), step(*arguments))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kv_b", [False, True])
+def test_autocast_changes_nothing(kv_b: bool, dtype: torch.dtype) -> None:
+    case = Case("float32")
+    arguments, keywords = case.attention_kv_b() if kv_b else case.attention()
+    queries = case.q_model if kv_b else case.q
+    require_grad(queries)
+
+    def results() -> tuple[Tensor, ...]:
+        out, lse = (ops.mla_attention_kv_b if kv_b else ops.mla_attention)(*arguments, **keywords)
+        return out, lse, *torch.autograd.grad(out.sum(), queries)
+
+    expected = results()
+    with torch.autocast("cpu", dtype=dtype):
+        actual = results()
+    torch.testing.assert_close(actual, expected)
+
+
 def test_inference() -> None:
     """Without gradients asked for, none are recorded; inference mode works."""
     case = Case("float32")

@@ -17,6 +17,7 @@ from torch_flash_mla import ops
 _MAX_PROBABILITIES = 1 << 24
 
 
+@torch.autocast("cpu", enabled=False)
 def _backward(
     grad_out: Tensor | None,
     grad_lse: Tensor | None,

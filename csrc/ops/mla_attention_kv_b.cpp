@@ -6,6 +6,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include "ops/attention_arguments.h"
 #include "ops/checks.h"
@@ -59,6 +60,8 @@ std::tuple<Tensor, Tensor> mla_attention_kv_b(
     int64_t window, std::string_view kv_cache_dtype, const OptionalTensor& cu_seqlens_q,
     std::string_view form) {
   const at::AutoDispatchBelowAutograd no_autograd;
+  // Dtypes follow the arguments: autocast would hand the kernels products of another dtype.
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastCPU);
   TORCH_CHECK_NOT_IMPLEMENTED(
       form != "expanded", "form: \"expanded\" is not implemented yet, expected auto or absorbed");
   TORCH_CHECK_VALUE(form == "auto" || form == "absorbed", "form: \"", form,
