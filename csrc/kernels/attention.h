@@ -86,7 +86,8 @@ void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, St
   const int32_t used = item.row_end - item.row_begin;
   const int32_t rows = round_up(used, Simd::kLanes), vectors = rows / Simd::kLanes;
 
-  pack_queries<Simd, Arithmetic>(p, item, layout, vectors, s);
+  const float scale = __builtin_fabsf(p.softmax_scale) * kLog2e;
+  pack_queries<Simd, Arithmetic>(p, item, layout, vectors, scale, s);
   const bool holes = find_ranges(p, item, rows, s);
   int32_t begin = s.first[0], end = s.limit[0], all_begin = begin, all_end = end;  // keys any / every row sees
   for (int32_t r = 0; r < used; ++r) {
@@ -106,7 +107,6 @@ void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, St
   const bool direct = native && suits_direct<Simd, Arithmetic>(p.cache, item.sequence, layout, rows);
   const int64_t row_scale = packed ? layout.latent + layout.rope : 0;
   const Tiles tiles(p.cache, item.sequence, layout, stage, direct, row_scale, s.staged);
-  const float scale = p.softmax_scale * kLog2e;
   for (int32_t at = begin; at < end;) {
     // Tiles end at multiples of the tile length, so that their pages of 16 tokens are whole but for the first and the last.
     int32_t next = (at / shape.tile + 1) * shape.tile;
@@ -118,8 +118,9 @@ void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, St
       for (int32_t t = 0; !p.indices && t < count; ++t) s.positions[t] = at + t;
       fill_bias(p, item, count, tile.tokens, rows, s);
     }
+    if constexpr (Arithmetic::kScaled) load_value_scales<Simd>(tile, s);
     score<Simd, Arithmetic>(tile, vectors, s, tile.key[0].group[0] != s.staged);
-    soften<Simd, Arithmetic>(tile, scale, edge, holes ? s.bias : nullptr, vectors, s);
+    soften<Simd, Arithmetic>(tile, Arithmetic::kScaled ? 1.0f : scale, edge, holes ? s.bias : nullptr, vectors, s);
     accumulate<Simd, Arithmetic>(tile, used, rows, layout.value, s);
     at = next;
   }

@@ -28,13 +28,15 @@ template <class Simd>
   return q.data + sequence * q.stride[0] + token * q.stride[1] + head * q.stride[2];
 }
 
-// One segment of one query row as arithmetic elements; returns its scale and start value for scaled arithmetics.
+// One segment of one query row, times `sign`, as arithmetic elements. For scaled arithmetics also its scale, times `factor`, and
+// the start value of its accumulators.
 template <class Simd, class Arithmetic>
-void encode_query(ScalarType type, const std::byte* from, int32_t count, std::byte* to, float* scale, int32_t* start) {
+void encode_query(ScalarType type, const std::byte* from, int32_t count, float sign, float factor, std::byte* to,
+                  float* scale, int32_t* start) {
   constexpr int kVector = Simd::kLanes * Arithmetic::kGroup;
   constexpr int kChunk = 512;  // values widened at a time
   float wide[kChunk];
-  float inverse = 1;
+  float multiplier = sign;
   const int64_t size = size_of(type);
   if constexpr (Arithmetic::kScaled) {
     auto most = Simd::zero();
@@ -45,8 +47,8 @@ void encode_query(ScalarType type, const std::byte* from, int32_t count, std::by
     }
     const float m = Simd::reduce_max(most);
     const float most_code = Arithmetic::query_max(count);
-    inverse = m > 1e-30f ? most_code / m : 0.0f;
-    *scale = m > 1e-30f ? m / most_code : 0.0f;
+    multiplier = m > 1e-30f ? sign * most_code / m : 0.0f;
+    *scale = m > 1e-30f ? m / most_code * factor : 0.0f;
   }
   auto finite = Simd::zero();  // NaN once a value is not finite
   for (int32_t at = 0; at < count; at += kChunk) {
@@ -56,10 +58,8 @@ void encode_query(ScalarType type, const std::byte* from, int32_t count, std::by
       typename Simd::Float x[Arithmetic::kGroup];
       for (int v = 0; v < Arithmetic::kGroup; ++v) {
         x[v] = Simd::load(wide + i + v * Simd::kLanes);
-        if constexpr (Arithmetic::kScaled) {
-          finite = Simd::fma(x[v], Simd::zero(), finite);
-          x[v] = Simd::mul(x[v], Simd::set(inverse));
-        }
+        if constexpr (Arithmetic::kScaled) finite = Simd::fma(x[v], Simd::zero(), finite);
+        x[v] = Simd::mul(x[v], Simd::set(multiplier));
       }
       Arithmetic::store_query(to + (at + i) * Arithmetic::kBytes, x);
     }
@@ -72,9 +72,12 @@ void encode_query(ScalarType type, const std::byte* from, int32_t count, std::by
   }
 }
 
-// Packs rows [item.row_begin, item.row_end), zero rows up to `vectors` whole vectors.
+// Packs rows [item.row_begin, item.row_end), zero rows up to `vectors` whole vectors. The sign of the softmax scale goes into the
+// query, so that a larger score is a larger logit; `factor`, into the scales of scaled arithmetics.
 template <class Simd, class Arithmetic>
-void pack_queries(const AttentionParams& p, const WorkItem& item, const RowLayout& layout, int vectors, Scratch& s) {
+void pack_queries(const AttentionParams& p, const WorkItem& item, const RowLayout& layout, int vectors, float factor,
+                  Scratch& s) {
+  const float sign = p.softmax_scale < 0 ? -1.0f : 1.0f;
   using Word = typename Simd::Word;
   const int32_t rows = item.row_end - item.row_begin;
   const int32_t words = layout.groups[0] + layout.groups[1];
@@ -91,11 +94,11 @@ void pack_queries(const AttentionParams& p, const WorkItem& item, const RowLayou
           continue;
         }
         const int32_t token = (item.row_begin + r) / p.heads, head = (item.row_begin + r) % p.heads;
-        encode_query<Simd, Arithmetic>(p.q_type, query_row(p.q, item.sequence, token, head), layout.latent, row,
+        encode_query<Simd, Arithmetic>(p.q_type, query_row(p.q, item.sequence, token, head), layout.latent, sign, factor, row,
                                        s.query_scale[0] + r, s.query_sum[0] + r);
         if (layout.rope == 0) continue;
-        encode_query<Simd, Arithmetic>(p.q_type, query_row(p.q_pe, item.sequence, token, head), layout.rope,
-                                       row + layout.rope_offset, s.query_scale[1] + r, s.query_sum[1] + r);
+        encode_query<Simd, Arithmetic>(p.q_type, query_row(p.q_pe, item.sequence, token, head), layout.rope, sign,
+                                       factor, row + layout.rope_offset, s.query_scale[1] + r, s.query_sum[1] + r);
       }
       int32_t done = 0;  // words of the segments before
       for (int seg = 0; seg < 2; done += layout.groups[seg], ++seg) {

@@ -1,4 +1,5 @@
-// score.h: S[t][row] = K[t] . Q[row] for one tile. Lanes are query rows; one word of K is broadcast.
+// score.h: S[t][row] = K[t] . Q[row] for one tile, and the maximum over the tile. Lanes are query rows; one word of K is
+// broadcast. Scores of scaled arithmetics come out in log2 units, plus log2 of the token's value scale (see soften.h).
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -21,9 +22,13 @@ void score_block(const Tile& tile, int32_t t, const std::byte* query, const Scra
   Acc acc[kTokens][kVectors];
   float* out = s.score + static_cast<int64_t>(t) * rows + row;
 
-  for (int seg = 0; seg < 2; ++seg) {
+  typename Simd::Float most[kVectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) most[v] = Simd::load(s.tile_maximum + row + v * kLanes);
+
+  const int last = tile.key[1].words > 0 ? 1 : 0;
+  for (int seg = 0; seg <= last; ++seg) {
     const Span& span = tile.key[seg];
-    if (seg == 1 && span.words == 0) break;
     const std::byte* key = span.group[t / kPage] + t % kPage * span.stride;
     if (seg == 0 || Arithmetic::kScaled) {
 #pragma GCC unroll 4
@@ -64,8 +69,10 @@ void score_block(const Tile& tile, int32_t t, const std::byte* query, const Scra
           __builtin_memcpy(&key_scale, key + i * span.stride + span.scale, 4);
           float* to = out + i * rows + v * kLanes;
           const auto scale = Simd::mul(query_scale, Simd::set(key_scale));
-          const auto before = seg == 0 ? Simd::zero() : Simd::load(to);
-          Simd::store(to, Simd::fma(Simd::to_float(acc[i][v]), scale, before));
+          const auto before = seg == 0 ? Simd::set(s.value_log2[t + i]) : Simd::load(to);
+          const auto x = Simd::fma(Simd::to_float(acc[i][v]), scale, before);
+          Simd::store(to, x);
+          if (seg == last) most[v] = Simd::max(most[v], x);
         }
       }
     }
@@ -74,9 +81,14 @@ void score_block(const Tile& tile, int32_t t, const std::byte* query, const Scra
 #pragma GCC unroll 16
     for (int i = 0; i < kTokens; ++i) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) Simd::store(out + i * rows + v * kLanes, acc[i][v]);
+      for (int v = 0; v < kVectors; ++v) {
+        Simd::store(out + i * rows + v * kLanes, acc[i][v]);
+        most[v] = Simd::max(most[v], acc[i][v]);
+      }
     }
   }
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) Simd::store(s.tile_maximum + row + v * kLanes, most[v]);
 }
 
 // All tokens of the tile against one row block of kVectors vectors.
@@ -97,6 +109,7 @@ template <class Simd, class Arithmetic>
 void score(const Tile& tile, int vectors, const Scratch& s, bool prefetch) {
   const int64_t words = tile.key[0].words + tile.key[1].words;
   const int32_t rows = vectors * Simd::kLanes;
+  for (int32_t r = 0; r < rows; ++r) s.tile_maximum[r] = -__builtin_inff();
   for (int v = 0; v < vectors;) {
     const int width = row_vectors<Simd>(v, vectors);
     const int32_t row = v * Simd::kLanes;

@@ -18,9 +18,12 @@ struct Scratch {
   float* output;            // [rows][value]
   float* bias;              // [tile][rows]: additive mask of one tile
   float* maximum;           // [rows], log2 units
+  float* tile_maximum;      // [rows], of the scores of one tile
   float* sum;               // [rows]
   float* correction;        // [rows]: factor of the old output
   float* value_scale;       // [rows]: of the integer accumulators of a tile
+  float* value_log2;        // [tile]: log2 of the value scales (scaled arithmetics)
+  float* value_inverse;     // [tile]
   float* query_scale[2];    // [rows] per segment
   int32_t* query_sum[2];    // [rows] per segment: start value of the accumulators
   int32_t* first;           // [rows]: keys [first, limit) are visible
@@ -53,6 +56,9 @@ size_t lay_out(const RowLayout& layout, BlockShape shape, std::byte* base, Scrat
   s.output = take_floats(rows * static_cast<size_t>(layout.value));
   s.bias = take_floats(tile * rows);
   s.maximum = take_floats(rows);
+  s.tile_maximum = take_floats(rows);
+  s.value_log2 = take_floats(tile);
+  s.value_inverse = take_floats(tile);
   s.sum = take_floats(rows);
   s.correction = take_floats(rows);
   s.value_scale = take_floats(rows);

@@ -1,5 +1,8 @@
 // soften.h: running softmax of one tile: S[t][row] -> P in words of a token group, and the factors of the output so far.
-// Lanes are query rows, so maximum, exponential and sum need no horizontal step. Scores are kept in log2 units.
+//
+// Lanes are query rows, so maximum, exponential and sum need no horizontal step. Scores are in log2 units. score() has left the
+// maximum of each row in s.tile_maximum; one more pass makes P. Where rows carry scales, log2 of a token's value scale has
+// joined its score, so that P is a code already when it leaves the exponential: one scale per (tile, row), no second pass.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -10,7 +13,7 @@
 namespace flashmla {
 namespace {
 
-// 2^x for x <= 0 (minimax of degree 5 on [-1/2, 1/2]: relative error 2e-7 with its rounding), exactly 0 at and below the
+// 2^x for x <= 8 (minimax of degree 5 on [-1/2, 1/2]: relative error 2e-7 with its rounding), exactly 0 at and below the
 // floor, NaN for NaN.
 template <class Simd>
 typename Simd::Float exp2(typename Simd::Float x) {
@@ -25,89 +28,108 @@ typename Simd::Float exp2(typename Simd::Float x) {
   return Simd::scale_by_exp2(p, n);
 }
 
-// kEdge: some row does not see all tokens of the tile, or a mask applies: scores are blended, never multiplied.
-template <class Simd, class Arithmetic, bool kEdge>
-void soften_rows(const Tile& tile, float scale, const float* bias, int32_t row, int32_t rows, const Scratch& s) {
+// log2(x) for positive normal x: the series of atanh around sqrt(2), relative error 1e-7.
+template <class Simd>
+typename Simd::Float log2(typename Simd::Float x) {
+  constexpr float kRoot = 1.41421356f, kTwoOverLn2 = 2.88539008f;
+  const auto m = Simd::mantissa(x);
+  const auto t = Simd::div(Simd::sub(m, Simd::set(kRoot)), Simd::add(m, Simd::set(kRoot)));
+  const auto t2 = Simd::mul(t, t);
+  auto p = Simd::set(kTwoOverLn2 / 7);
+  p = Simd::fma(p, t2, Simd::set(kTwoOverLn2 / 5));
+  p = Simd::fma(p, t2, Simd::set(kTwoOverLn2 / 3));
+  p = Simd::fma(p, t2, Simd::set(kTwoOverLn2));
+  return Simd::fma(p, t, Simd::add(Simd::exponent(x), Simd::set(0.5f)));
+}
+
+// Value scales of the tile's tokens as score() and soften() use them.
+template <class Simd>
+void load_value_scales(const Tile& tile, const Scratch& s) {
+  for (int32_t t = 0; t < tile.tokens; ++t) {
+    const std::byte* row = tile.value.group[t / kPage] + t % kPage * tile.value.stride;
+    __builtin_memcpy(s.value_log2 + t, row + tile.value.scale, 4);
+  }
+  for (int32_t t = 0; t < tile.tokens; t += Simd::kLanes) {
+    // A row of zeros has scale 0 but counts in the sum: any tiny scale does, as its codes are 0.
+    const auto scale = Simd::max(Simd::set(1e-30f), Simd::load(s.value_log2 + t));
+    Simd::store(s.value_inverse + t, Simd::div(Simd::set(1.0f), scale));
+    Simd::store(s.value_log2 + t, log2<Simd>(scale));
+  }
+}
+
+// Hides what a row may not see, adds the mask, and takes the maximum anew. Scores are blended, never multiplied.
+// bias: [tile][rows], additive mask in log2 units, or null.
+template <class Simd>
+void mask_scores(const Tile& tile, float scale, const float* bias, int32_t row, int32_t rows, const Scratch& s) {
   using Float = typename Simd::Float;
   const Float none = Simd::set(-__builtin_inff());
-  const Float logit_scale = Simd::set(scale);
   const auto first = Simd::load_word(s.first + row), limit = Simd::load_word(s.limit + row);
-
-  const Float before = Simd::load(s.maximum + row);
-  Float most = before;
+  Float most = none;
   for (int32_t t = 0; t < tile.tokens; ++t) {
-    float* at = s.score + static_cast<int64_t>(t) * rows + row;
-    Float x = Simd::mul(Simd::load(at), logit_scale);
-    if constexpr (kEdge) {
-      if (bias) {
-        const Float b = Simd::load(bias + static_cast<int64_t>(t) * rows + row);
-        x = Simd::select_minus_infinity(b, b, Simd::add(x, b));
-      }
-      x = t < tile.valid ? Simd::select_in_range(tile.begin + t, first, limit, x, none) : none;
+    const int64_t at = static_cast<int64_t>(t) * rows + row;
+    Float x = Simd::mul(Simd::load(s.score + at), Simd::set(scale));
+    if (bias) {
+      const Float b = Simd::load(bias + at);
+      x = Simd::select_minus_infinity(b, b, Simd::add(x, b));
     }
-    Simd::store(at, x);
+    x = t < tile.valid ? Simd::select_in_range(tile.begin + t, first, limit, x, none) : none;
+    Simd::store(s.score + at, x);
     most = Simd::max(most, x);
   }
+  Simd::store(s.tile_maximum + row, most);
+}
+
+// scale: what the stored scores still lack.
+template <class Simd, class Arithmetic>
+void soften_rows(const Tile& tile, float scale, int32_t row, int32_t rows, const Scratch& s) {
+  using Float = typename Simd::Float;
+  constexpr int kGroup = Arithmetic::kGroup;
+  const Float before = Simd::load(s.maximum + row);
+  const Float in_tile = Simd::mul(Simd::load(s.tile_maximum + row), Simd::set(scale));
+  const Float most = Simd::max(before, in_tile);
   // A row that has seen no key yet has maximum -inf: shift by 0, so that its probabilities are exactly 0 and not NaN.
   const Float shift = Simd::select_minus_infinity(most, Simd::zero(), most);
   const Float correction = exp2<Simd>(Simd::sub(before, shift));
   Simd::store(s.maximum + row, most);
   Simd::store(s.correction + row, correction);
-  Float sum = Simd::mul(Simd::load(s.sum + row), correction);
 
-  constexpr int kGroup = Arithmetic::kGroup;
-  if constexpr (!Arithmetic::kScaled) {
-    for (int32_t t = 0; t < tile.tokens; t += kGroup) {
-      Float p[kGroup];
-      for (int i = 0; i < kGroup; ++i) {
-        p[i] = exp2<Simd>(Simd::sub(Simd::load(s.score + static_cast<int64_t>(t + i) * rows + row), shift));
+  // P relative to the row's maximum; or codes: relative to the tile's, times their largest value.
+  Float reference = shift;
+  if constexpr (Arithmetic::kScaled) {
+    const Float tile_shift = Simd::select_minus_infinity(in_tile, Simd::zero(), in_tile);
+    reference = Simd::sub(tile_shift, Simd::set(Arithmetic::kProbabilityLog2));
+    Simd::store(s.value_scale + row, exp2<Simd>(Simd::sub(reference, shift)));
+  }
+  Float sum = Simd::zero();
+  const Float factor = Simd::set(scale);
+  const float* score = s.score + row;
+  std::byte* probability = s.probability + static_cast<int64_t>(row) * 4;
+  for (int32_t t = 0; t < tile.tokens; t += kGroup) {
+    Float p[kGroup];
+#pragma GCC unroll 4
+    for (int i = 0; i < kGroup; ++i) {
+      p[i] = exp2<Simd>(Simd::fma_sub(Simd::load(score), factor, reference));
+      score += rows;
+      if constexpr (Arithmetic::kScaled) {
+        sum = Simd::fma(p[i], Simd::set(s.value_inverse[t + i]), sum);
+      } else {
         sum = Simd::add(sum, p[i]);
       }
-      Simd::store_word(s.probability + (static_cast<int64_t>(t / kGroup) * rows + row) * 4,
-                       Arithmetic::pack_probabilities(p));
     }
-  } else {
-    // The value scale of each token goes into P before P is quantised, with one scale per (tile, row).
-    Float largest = Simd::zero();
-    for (int32_t t = 0; t < tile.tokens; ++t) {
-      float* at = s.score + static_cast<int64_t>(t) * rows + row;
-      float value_scale;
-      __builtin_memcpy(&value_scale, tile.value.group[t / kPage] + t % kPage * tile.value.stride + tile.value.scale, 4);
-      const Float x = Simd::load(at);
-      Float p = exp2<Simd>(Simd::sub(x, shift));
-      sum = Simd::add(sum, p);
-      p = Simd::mul(p, Simd::set(value_scale));
-      if constexpr (kEdge) p = Simd::select_minus_infinity(x, Simd::zero(), p);
-      largest = Simd::max(largest, p);
-      Simd::store(at, p);
-    }
-    float inverse[Simd::kLanes];
-    Simd::store(inverse, largest);
-    for (float& x : inverse) x = x > 1e-36f ? Arithmetic::kProbabilityMax / x : 0.0f;
-    Simd::store(s.value_scale + row, Simd::mul(largest, Simd::set(1 / Arithmetic::kProbabilityMax)));
-    const Float to_code = Simd::load(inverse);
-    for (int32_t t = 0; t < tile.tokens; t += kGroup) {
-      Float p[kGroup];
-      for (int i = 0; i < kGroup; ++i) {
-        p[i] = Simd::mul(to_code, Simd::load(s.score + static_cast<int64_t>(t + i) * rows + row));
-      }
-      Simd::store_word(s.probability + (static_cast<int64_t>(t / kGroup) * rows + row) * 4,
-                       Arithmetic::pack_probabilities(p));
-    }
+    Simd::store_word(probability, Arithmetic::pack_probabilities(p));
+    probability += static_cast<int64_t>(rows) * 4;
   }
-  Simd::store(s.sum + row, sum);
+  if constexpr (Arithmetic::kScaled) sum = Simd::mul(sum, Simd::load(s.value_scale + row));
+  Simd::store(s.sum + row, Simd::fma(Simd::load(s.sum + row), correction, sum));
 }
 
-// edge: some row does not see the whole tile. bias: [tile][rows], additive mask in log2 units, or null.
+// edge: some row does not see the whole tile. bias: additive mask, or null. scale: what the scores lack to log2 units.
 template <class Simd, class Arithmetic>
 void soften(const Tile& tile, float scale, bool edge, const float* bias, int vectors, const Scratch& s) {
   const int32_t rows = vectors * Simd::kLanes;
   for (int32_t row = 0; row < rows; row += Simd::kLanes) {
-    if (edge || bias) {
-      soften_rows<Simd, Arithmetic, true>(tile, scale, bias, row, rows, s);
-    } else {
-      soften_rows<Simd, Arithmetic, false>(tile, scale, nullptr, row, rows, s);
-    }
+    if (edge || bias) mask_scores<Simd>(tile, scale, bias, row, rows, s);
+    soften_rows<Simd, Arithmetic>(tile, edge || bias ? 1.0f : scale, row, rows, s);
   }
 }
 

@@ -18,7 +18,7 @@ struct Int16 {
   static constexpr int kBytes = 2;
   static constexpr bool kScaled = true;
   static constexpr float kKeyMax = 2047.0f;
-  static constexpr float kProbabilityMax = 8191.0f;  // 2047 * 8191 * 128 < 2^31
+  static constexpr float kProbabilityLog2 = 12.9998239f;  // log2(8191): 2047 * 8191 * 128 < 2^31
 
   // Largest query code for a segment of `length` values: the sum must fit int32.
   static float query_max(int32_t length) {
@@ -35,7 +35,7 @@ struct Int16 {
   }
   static void restore(Float v[2]) { Simd::restore16(v); }
 
-  // p: already scaled to 0..kProbabilityMax.
+  // p: 0..8191.
   static Word pack_probabilities(const Float p[2]) {
     return Simd::bit_or(Simd::round_to_word(p[0]), Simd::template shift_left<16>(Simd::round_to_word(p[1])));
   }

@@ -19,7 +19,7 @@ struct Int8 {
   static constexpr int kBytes = 1;
   static constexpr bool kScaled = true;
   static constexpr float kKeyMax = 127.0f;
-  static constexpr float kProbabilityMax = 255.0f;
+  static constexpr float kProbabilityLog2 = 7.99435344f;  // log2(255): P is u8
 
   // Largest query code for a segment of `length` values.
   static float query_max(int32_t) { return 127.0f; }
@@ -44,7 +44,7 @@ struct Int8 {
   }
   static void restore(Float v[4]) { Simd::restore8(v); }
 
-  // p: already scaled to 0..kProbabilityMax.
+  // p: 0..255.
   static Word pack_probabilities(const Float p[4]) {
     const Word low = Simd::bit_or(Simd::round_to_word(p[0]),
                                   Simd::template shift_left<8>(Simd::round_to_word(p[1])));

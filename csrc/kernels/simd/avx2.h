@@ -40,6 +40,7 @@ struct Avx2 {
   static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
   static Float div(Float a, Float b) { return _mm256_div_ps(a, b); }
   static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+  static Float fma_sub(Float a, Float b, Float c) { return _mm256_fmsub_ps(a, b, c); }
   static Float max(Float a, Float b) { return _mm256_max_ps(a, b); }
   static Float abs(Float a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
   static Float round(Float a) {
@@ -49,6 +50,17 @@ struct Avx2 {
     __m128 m = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     m = _mm_max_ps(m, _mm_movehl_ps(m, m));
     return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+  }
+
+  static Float exponent(Float x) {
+    const Word biased = _mm256_srli_epi32(_mm256_castps_si256(x), 23);
+    const Float e = _mm256_cvtepi32_ps(_mm256_sub_epi32(biased, _mm256_set1_epi32(127)));
+    return _mm256_add_ps(e, _mm256_sub_ps(x, x));  // NaN for NaN
+  }
+  static Float mantissa(Float x) {
+    const Float one = _mm256_set1_ps(1.0f);
+    const Float fraction = _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_set1_epi32(0x007fffff)));
+    return _mm256_or_ps(fraction, one);
   }
 
   // Words.

@@ -42,12 +42,17 @@ struct Avx512 {
   static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
   static Float div(Float a, Float b) { return _mm512_div_ps(a, b); }
   static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+  static Float fma_sub(Float a, Float b, Float c) { return _mm512_fmsub_ps(a, b, c); }
   static Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
   static Float abs(Float a) { return _mm512_abs_ps(a); }
   static Float round(Float a) {
     return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
   static float reduce_max(Float a) { return _mm512_reduce_max_ps(a); }
+
+  // x = mantissa * 2^exponent, mantissa in [1, 2), for positive normal x.
+  static Float exponent(Float x) { return _mm512_getexp_ps(x); }
+  static Float mantissa(Float x) { return _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src); }
 
   // Words.
   static Float to_float(Word x) { return _mm512_cvtepi32_ps(x); }
@@ -72,7 +77,7 @@ struct Avx512 {
     return _mm512_mask_blend_ps(is, b, a);
   }
 
-  // p * 2^n for integral n >= kExp2Floor; exactly 0 at the floor.
+  // p * 2^n for integral n in [kExp2Floor, 127); exactly 0 at the floor.
   static constexpr float kExp2Floor = -160.0f;
   static Float scale_by_exp2(Float p, Float n) { return _mm512_scalef_ps(p, n); }
 
