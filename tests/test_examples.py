@@ -16,6 +16,12 @@ from transformers_cases import TINY_MODEL, small_model
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(_reproducible: None) -> None:
+    """Models as small as these would spend their time on waking threads."""
+    torch.set_num_threads(1)
+
+
 def program(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     assert spec is not None
