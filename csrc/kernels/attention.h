@@ -118,7 +118,6 @@ void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, St
       for (int32_t t = 0; !p.indices && t < count; ++t) s.positions[t] = at + t;
       fill_bias(p, item, count, tile.tokens, rows, s);
     }
-    if constexpr (Arithmetic::kScaled) load_value_scales<Simd>(tile, s);
     score<Simd, Arithmetic>(tile, vectors, s, tile.key[0].group[0] != s.staged);
     soften<Simd, Arithmetic>(tile, Arithmetic::kScaled ? 1.0f : scale, edge, holes ? s.bias : nullptr, vectors, s);
     accumulate<Simd, Arithmetic>(tile, used, rows, layout.value, s);

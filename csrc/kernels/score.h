@@ -7,12 +7,13 @@
 #include "kernels/query.h"
 #include "kernels/scratch.h"
 #include "kernels/tile.h"
+#include "kernels/value_scales.h"
 
 namespace flashmla {
 namespace {
 
 // kTokens x kVectors accumulators: tokens [t, t + kTokens) of the tile (within one page) against one row block.
-// `ahead`: what to prefetch meanwhile, `ahead_bytes` per token; null for none.
+// Prefetches `ahead_bytes` per token from `ahead` on meanwhile; 0 for none.
 template <class Simd, class Arithmetic, int kTokens, int kVectors>
 void score_block(const Tile& tile, int32_t t, const std::byte* query, const Scratch& s, int32_t row, int32_t rows,
                  const std::byte* ahead, int64_t ahead_bytes) {
@@ -26,7 +27,11 @@ void score_block(const Tile& tile, int32_t t, const std::byte* query, const Scra
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) most[v] = Simd::load(s.tile_maximum + row + v * kLanes);
 
+  // At most one cache line per word, the rest behind the loops.
   const int last = tile.key[1].words > 0 ? 1 : 0;
+  const int64_t words = tile.key[0].words + tile.key[1].words, fetch_bytes = kTokens * ahead_bytes;
+  const int64_t step = fetch_bytes > words * kCacheLine ? kCacheLine : (fetch_bytes + words - 1) / words;
+  const std::byte* fetch = ahead;
   for (int seg = 0; seg <= last; ++seg) {
     const Span& span = tile.key[seg];
     const std::byte* key = span.group[t / kPage] + t % kPage * span.stride;
@@ -43,8 +48,6 @@ void score_block(const Tile& tile, int32_t t, const std::byte* query, const Scra
         for (int i = 0; i < kTokens; ++i) acc[i][v] = start;
       }
     }
-    const int64_t step = seg == 0 && ahead ? (kTokens * ahead_bytes + span.words - 1) / span.words : 0;
-    const std::byte* fetch = ahead ? ahead : key;
     for (int32_t g = 0; g < span.words; ++g) {
       Word q[kVectors];
 #pragma GCC unroll 4
@@ -77,6 +80,7 @@ void score_block(const Tile& tile, int32_t t, const std::byte* query, const Scra
       }
     }
   }
+  for (; fetch < ahead + fetch_bytes; fetch += kCacheLine) Simd::prefetch(fetch);
   if constexpr (!Arithmetic::kScaled) {
 #pragma GCC unroll 16
     for (int i = 0; i < kTokens; ++i) {
@@ -99,9 +103,11 @@ void score_rows(const Tile& tile, const std::byte* query, const Scratch& s, int3
   constexpr int kAhead = 2;  // pages: 32 tokens
   for (int32_t t = 0; t < tile.tokens; t += kTokens) {
     const Span& span = tile.key[0];
+    if constexpr (Arithmetic::kScaled) {
+      if (row == 0 && t % kPage == 0) load_value_scales<Simd>(tile, t / kPage, s);
+    }
     const std::byte* ahead = span.group[t / kPage + kAhead] + t % kPage * span.stride;
-    score_block<Simd, Arithmetic, kTokens, kVectors>(tile, t, query, s, row, rows, prefetch ? ahead : nullptr,
-                                                     span.stride);
+    score_block<Simd, Arithmetic, kTokens, kVectors>(tile, t, query, s, row, rows, ahead, prefetch ? span.stride : 0);
   }
 }
 

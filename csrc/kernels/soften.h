@@ -28,35 +28,6 @@ typename Simd::Float exp2(typename Simd::Float x) {
   return Simd::scale_by_exp2(p, n);
 }
 
-// log2(x) for positive normal x: the series of atanh around sqrt(2), relative error 1e-7.
-template <class Simd>
-typename Simd::Float log2(typename Simd::Float x) {
-  constexpr float kRoot = 1.41421356f, kTwoOverLn2 = 2.88539008f;
-  const auto m = Simd::mantissa(x);
-  const auto t = Simd::div(Simd::sub(m, Simd::set(kRoot)), Simd::add(m, Simd::set(kRoot)));
-  const auto t2 = Simd::mul(t, t);
-  auto p = Simd::set(kTwoOverLn2 / 7);
-  p = Simd::fma(p, t2, Simd::set(kTwoOverLn2 / 5));
-  p = Simd::fma(p, t2, Simd::set(kTwoOverLn2 / 3));
-  p = Simd::fma(p, t2, Simd::set(kTwoOverLn2));
-  return Simd::fma(p, t, Simd::add(Simd::exponent(x), Simd::set(0.5f)));
-}
-
-// Value scales of the tile's tokens as score() and soften() use them.
-template <class Simd>
-void load_value_scales(const Tile& tile, const Scratch& s) {
-  for (int32_t t = 0; t < tile.tokens; ++t) {
-    const std::byte* row = tile.value.group[t / kPage] + t % kPage * tile.value.stride;
-    __builtin_memcpy(s.value_log2 + t, row + tile.value.scale, 4);
-  }
-  for (int32_t t = 0; t < tile.tokens; t += Simd::kLanes) {
-    // A row of zeros has scale 0 but counts in the sum: any tiny scale does, as its codes are 0.
-    const auto scale = Simd::max(Simd::set(1e-30f), Simd::load(s.value_log2 + t));
-    Simd::store(s.value_inverse + t, Simd::div(Simd::set(1.0f), scale));
-    Simd::store(s.value_log2 + t, log2<Simd>(scale));
-  }
-}
-
 // Hides what a row may not see, adds the mask, and takes the maximum anew. Scores are blended, never multiplied.
 // bias: [tile][rows], additive mask in log2 units, or null.
 template <class Simd>
@@ -101,14 +72,17 @@ void soften_rows(const Tile& tile, float scale, int32_t row, int32_t rows, const
     Simd::store(s.value_scale + row, exp2<Simd>(Simd::sub(reference, shift)));
   }
   Float sum = Simd::zero();
-  const Float factor = Simd::set(scale);
+  [[maybe_unused]] const Float factor = Simd::set(scale);
   const float* score = s.score + row;
   std::byte* probability = s.probability + static_cast<int64_t>(row) * 4;
   for (int32_t t = 0; t < tile.tokens; t += kGroup) {
     Float p[kGroup];
 #pragma GCC unroll 4
     for (int i = 0; i < kGroup; ++i) {
-      p[i] = exp2<Simd>(Simd::fma_sub(Simd::load(score), factor, reference));
+      // Multiplied and rounded like the maximum was: fused, huge logits could exceed it by far.
+      Float x = Simd::load(score);
+      if constexpr (!Arithmetic::kScaled) x = Simd::mul(x, factor);
+      p[i] = exp2<Simd>(Simd::sub(x, reference));
       score += rows;
       if constexpr (Arithmetic::kScaled) {
         sum = Simd::fma(p[i], Simd::set(s.value_inverse[t + i]), sum);

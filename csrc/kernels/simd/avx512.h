@@ -42,7 +42,6 @@ struct Avx512 {
   static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
   static Float div(Float a, Float b) { return _mm512_div_ps(a, b); }
   static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
-  static Float fma_sub(Float a, Float b, Float c) { return _mm512_fmsub_ps(a, b, c); }
   static Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
   static Float abs(Float a) { return _mm512_abs_ps(a); }
   static Float round(Float a) {

@@ -3,7 +3,6 @@
 //   Float, Word           vectors of kLanes f32 / 32-bit words
 //   max(a, b)             b when either is NaN
 //   select_in_range       a where first <= t < limit, else b           select_minus_infinity   a where x == -inf, else b
-//   fma, fma_sub          a * b + c, a * b - c
 //   scale_by_exp2(p, n)   p * 2^n for integral n in [kExp2Floor, 127); exactly 0 at the floor
 //   exponent, mantissa    with either integer dot: of positive normal values
 //   interleave16 / 8      rows of 2- / 1-byte elements -> vectors whose words hold one dim of all 2 / 4 rows
@@ -33,7 +32,6 @@ concept SimdVocabulary = requires(typename S::Float f, typename S::Word w, typen
   { S::load_word(cv) } -> std::same_as<typename S::Word>;
   { S::broadcast_word(cv) } -> std::same_as<typename S::Word>;
   { S::fma(f, f, f) } -> std::same_as<typename S::Float>;
-  { S::fma_sub(f, f, f) } -> std::same_as<typename S::Float>;
   { S::max(f, f) } -> std::same_as<typename S::Float>;
   { S::reduce_max(f) } -> std::same_as<float>;
   { S::to_float(w) } -> std::same_as<typename S::Float>;
