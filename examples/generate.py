@@ -29,13 +29,14 @@ import torch_flash_mla
 from torch_flash_mla.formats import PACKED_FORMATS
 from torch_flash_mla.integrations.transformers import MLACache, patch, unpatch
 
+SMALL = 50_000_000  # parameters; the layers of smaller models spend their time on waking threads
 TINY_MODEL = Path(__file__).parent / "tiny_model"
-PROMPT = '''import os
+PROMPT = """import argparse
+import sys
 
 
-def read_lines(path, encoding="utf-8"):
-    """Return the lines of a file, without their ends."""
-'''
+def main(argv=None):
+    parser = argparse.ArgumentParser("""
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kv-cache-dtype", default="q8_kv", choices=("auto", *PACKED_FORMATS))
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--max-new-tokens", type=int, default=192)
-    parser.add_argument("--temperature", type=float, default=0.7, help="0: the likeliest token")
+    parser.add_argument("--temperature", type=float, default=0.6, help="0: the likeliest token")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="default: 1 for small models, else all cores")
     parser.add_argument("--compare", action="store_true", help="the stock model beside it")
     args = parser.parse_args(arguments)
     folder = Path(args.model)
@@ -154,6 +156,9 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval()
+
+    if args.threads or model.num_parameters() < SMALL:
+        torch.set_num_threads(args.threads or 1)
 
     console.print(f"{args.model}: {model.num_parameters() / 1e6:.1f} M parameters, {model.dtype}")
     console.print(
