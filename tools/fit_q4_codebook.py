@@ -2,10 +2,11 @@
 
     python tools/fit_q4_codebook.py
 
-Latent rows are RMS-normed mixtures of many features, so their blocks are close to Gaussian. A block is divided by its scale,
-which is chosen as append does (the best of a few candidates around absmax / 127); levels and scales are fitted in turn until
-neither moves. The result is symmetric, lives on the int8 grid and is frozen in csrc/kernels/formats/q4_kv.h: changing it
-would change what stored caches mean.
+Latent rows are RMS-normed mixtures of many features, so their blocks are close to Gaussian. A block
+is divided by its scale, which is chosen as append does (the best of a few candidates around
+absmax / 127); levels and scales are fitted in turn until neither moves. The result is symmetric,
+lives on the int8 grid and is frozen in csrc/kernels/formats/q4_kv.h: changing it would change what
+stored caches mean.
 """
 
 from __future__ import annotations

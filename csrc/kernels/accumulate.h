@@ -1,5 +1,6 @@
-// accumulate.h: O[row][d] = correction[row] * O[row][d] + P[row][t] V[t][d] for one tile. Lanes are value dims; rows of V are
-// interleaved in registers so that one word holds a group of tokens of one dim, and one word of P is broadcast.
+// accumulate.h: O[row][d] = correction[row] * O[row][d] + P[row][t] V[t][d] for one tile. Lanes are
+// value dims; rows of V are interleaved in registers so that one word holds a group of tokens of
+// one dim, and one word of P is broadcast.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -12,7 +13,8 @@ namespace {
 
 // kRows rows against kVectors * kGroup vectors of the output, from value element d on.
 template <class Simd, class Arithmetic, int kRows, int kVectors>
-void accumulate_block(const Tile& tile, int32_t d, int32_t row, int32_t rows, int32_t width, const Scratch& s) {
+void accumulate_block(const Tile& tile, int32_t d, int32_t row, int32_t rows, int32_t width,
+                      const Scratch& s) {
   using Word = typename Simd::Word;
   constexpr int kGroup = Arithmetic::kGroup, kColumns = kVectors * kGroup;
   typename Arithmetic::Acc acc[kRows][kColumns];
@@ -24,7 +26,8 @@ void accumulate_block(const Tile& tile, int32_t d, int32_t row, int32_t rows, in
       if constexpr (Arithmetic::kScaled) {
         acc[r][c] = Simd::zero_word();
       } else {
-        acc[r][c] = Simd::mul(Simd::set(s.correction[row + r]), Simd::load(out + r * width + c * Simd::kLanes));
+        acc[r][c] = Simd::mul(Simd::set(s.correction[row + r]),
+                              Simd::load(out + r * width + c * Simd::kLanes));
       }
     }
   }
@@ -43,7 +46,8 @@ void accumulate_block(const Tile& tile, int32_t d, int32_t row, int32_t rows, in
       for (int r = 0; r < kRows; ++r) {
         const Word probability = Simd::broadcast_word(p + r * 4);
 #pragma GCC unroll 8
-        for (int c = 0; c < kColumns; ++c) acc[r][c] = Arithmetic::dot_value(acc[r][c], probability, value[c]);
+        for (int c = 0; c < kColumns; ++c)
+          acc[r][c] = Arithmetic::dot_value(acc[r][c], probability, value[c]);
       }
       p += static_cast<int64_t>(rows) * 4;
     }
@@ -55,7 +59,8 @@ void accumulate_block(const Tile& tile, int32_t d, int32_t row, int32_t rows, in
       float* to = out + r * width + c * Simd::kLanes;
       if constexpr (Arithmetic::kScaled) {
         const auto before = Simd::mul(Simd::set(s.correction[row + r]), Simd::load(to));
-        Simd::store(to, Simd::fma(Simd::set(s.value_scale[row + r]), Simd::to_float(acc[r][c]), before));
+        Simd::store(
+            to, Simd::fma(Simd::set(s.value_scale[row + r]), Simd::to_float(acc[r][c]), before));
       } else {
         Simd::store(to, acc[r][c]);
       }
@@ -63,19 +68,23 @@ void accumulate_block(const Tile& tile, int32_t d, int32_t row, int32_t rows, in
   }
 }
 
-// Rows [row, used) in blocks of kRows, the rest in halves: no row is computed that nobody asked for.
+// Rows [row, used) in blocks of kRows, the rest in halves: no row is computed that nobody asked
+// for.
 template <class Simd, class Arithmetic, int kRows, int kVectors>
-void accumulate_rows(const Tile& tile, int32_t d, int32_t row, int32_t used, int32_t rows, int32_t width, const Scratch& s) {
+void accumulate_rows(const Tile& tile, int32_t d, int32_t row, int32_t used, int32_t rows,
+                     int32_t width, const Scratch& s) {
   for (; row + kRows <= used; row += kRows) {
     accumulate_block<Simd, Arithmetic, kRows, kVectors>(tile, d, row, rows, width, s);
   }
-  if constexpr (kRows > 1) accumulate_rows<Simd, Arithmetic, kRows / 2, kVectors>(tile, d, row, used, rows, width, s);
+  if constexpr (kRows > 1)
+    accumulate_rows<Simd, Arithmetic, kRows / 2, kVectors>(tile, d, row, used, rows, width, s);
 }
 
 // used: rows that are not padding; width: values of an output row.
 template <class Simd, class Arithmetic>
 void accumulate(const Tile& tile, int32_t used, int32_t rows, int32_t width, const Scratch& s) {
-  // Half of the registers accumulate: 4 x 4 of 32; 4 x 2 of 16, or 2 x 4 where an interleave makes four vectors.
+  // Half of the registers accumulate: 4 x 4 of 32; 4 x 2 of 16, or 2 x 4 where an interleave makes
+  // four vectors.
   constexpr int kGroup = Arithmetic::kGroup;
   constexpr int kColumns = Simd::kRegisters / 8 > kGroup ? Simd::kRegisters / 8 : kGroup;
   constexpr int kRows = Simd::kRegisters / 2 / kColumns;
@@ -85,7 +94,8 @@ void accumulate(const Tile& tile, int32_t used, int32_t rows, int32_t width, con
   for (; d + kVectors * kStep <= width; d += kVectors * kStep) {
     accumulate_rows<Simd, Arithmetic, kRows, kVectors>(tile, d, 0, used, rows, width, s);
   }
-  for (; d < width; d += kStep) accumulate_rows<Simd, Arithmetic, kRows, 1>(tile, d, 0, used, rows, width, s);
+  for (; d < width; d += kStep)
+    accumulate_rows<Simd, Arithmetic, kRows, 1>(tile, d, 0, used, rows, width, s);
 }
 
 }  // namespace

@@ -1,7 +1,8 @@
 // attention.h: flash attention over one work item.   plan -> [attend] -> merge
 //
-// The algorithm, written once: Simd is the instruction set, Arithmetic the number format of the products, `stage` the codec of
-// the cache. Rows of queries stay in scratch, keys pass by in tiles of up to 128 tokens, nothing grows with the context.
+// The algorithm, written once: Simd is the instruction set, Arithmetic the number format of the
+// products, `stage` the codec of the cache. Rows of queries stay in scratch, keys pass by in tiles
+// of up to 128 tokens, nothing grows with the context.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -26,14 +27,15 @@ namespace {
 
 constexpr float kLn2 = 0.69314718055994531f;
 
-// Divides by the sum, puts the dims back in order and writes the rows out; or, for a partial result, into its slot:
-// [rows][L] f32 and [rows] log-sum-exp.
+// Divides by the sum, puts the dims back in order and writes the rows out; or, for a partial
+// result, into its slot: [rows][L] f32 and [rows] log-sum-exp.
 template <class Simd, class Arithmetic>
-void finish(const AttentionParams& p, BlockShape shape, const WorkItem& item, const RowLayout& layout, const Scratch& s,
-            float* partials) {
+void finish(const AttentionParams& p, BlockShape shape, const WorkItem& item,
+            const RowLayout& layout, const Scratch& s, float* partials) {
   constexpr int kStep = Simd::kLanes * Arithmetic::kGroup;
   const int32_t latent = layout.latent;
-  float* part = item.partial < 0 ? nullptr : partials + item.partial * partial_floats(shape, latent);
+  float* part =
+      item.partial < 0 ? nullptr : partials + item.partial * partial_floats(shape, latent);
   for (int32_t r = 0; item.row_begin + r < item.row_end; ++r) {
     const int32_t token = (item.row_begin + r) / p.heads, head = (item.row_begin + r) % p.heads;
     const float sum = s.sum[r];
@@ -42,7 +44,8 @@ void finish(const AttentionParams& p, BlockShape shape, const WorkItem& item, co
     if (part) {
       part[static_cast<int64_t>(shape.rows) * latent + r] = lse;
     } else {
-      p.lse[item.sequence * p.lse_stride[0] + head * p.lse_stride[1] + token * p.lse_stride[2]] = lse;
+      p.lse[item.sequence * p.lse_stride[0] + head * p.lse_stride[1] + token * p.lse_stride[2]] =
+          lse;
       if (p.attn_sink && sum != 0) total += expf(p.attn_sink[head] - s.maximum[r] * kLn2);
     }
     // A row without keys is 0 by selection, not by multiplication.
@@ -57,19 +60,24 @@ void finish(const AttentionParams& p, BlockShape shape, const WorkItem& item, co
       for (int i = 0; i < Arithmetic::kGroup; ++i) Simd::store(row + d + i * Simd::kLanes, x[i]);
     }
     if (part) {
-      __builtin_memcpy(part + static_cast<int64_t>(r) * latent, row, static_cast<size_t>(latent) * 4);
+      __builtin_memcpy(part + static_cast<int64_t>(r) * latent, row,
+                       static_cast<size_t>(latent) * 4);
     } else {
-      std::byte* to = p.out.data + item.sequence * p.out.stride[0] + token * p.out.stride[1] + head * p.out.stride[2];
+      std::byte* to = p.out.data + item.sequence * p.out.stride[0] + token * p.out.stride[1] +
+                      head * p.out.stride[2];
       store_values<Simd>(p.q_type, row, latent, to);
     }
   }
 }
 
-// The visible positions among entries [begin, end) of the index list of the item's query token. Returns their number.
-inline int32_t list_positions(const AttentionParams& p, const WorkItem& item, int32_t begin, int32_t end, int32_t* positions) {
+// The visible positions among entries [begin, end) of the index list of the item's query token.
+// Returns their number.
+inline int32_t list_positions(const AttentionParams& p, const WorkItem& item, int32_t begin,
+                              int32_t end, int32_t* positions) {
   const int32_t token = item.row_begin / p.heads;
   const KeyRange keys = visible_to_token(p, item.sequence, token);
-  const int32_t* list = p.indices + item.sequence * p.indices_stride[0] + token * p.indices_stride[1];
+  const int32_t* list =
+      p.indices + item.sequence * p.indices_stride[0] + token * p.indices_stride[1];
   int32_t count = 0;
   for (int32_t i = begin; i < end; ++i) {
     if (list[i] >= keys.begin && list[i] < keys.end) positions[count++] = list[i];
@@ -78,8 +86,8 @@ inline int32_t list_positions(const AttentionParams& p, const WorkItem& item, in
 }
 
 template <class Simd, class Arithmetic>
-void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, StageRow stage, bool native, float* partials,
-            std::byte* memory) {
+void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, StageRow stage,
+            bool native, float* partials, std::byte* memory) {
   const RowLayout layout = row_layout<Simd, Arithmetic>(p.cache.latent, p.cache.rope);
   Scratch s;
   lay_out<Simd, Arithmetic>(layout, shape, memory, s);
@@ -89,7 +97,8 @@ void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, St
   const float scale = __builtin_fabsf(p.softmax_scale) * kLog2e;
   pack_queries<Simd, Arithmetic>(p, item, layout, vectors, scale, s);
   const bool holes = find_ranges(p, item, rows, s);
-  int32_t begin = s.first[0], end = s.limit[0], all_begin = begin, all_end = end;  // keys any / every row sees
+  int32_t begin = s.first[0], end = s.limit[0], all_begin = begin,
+          all_end = end;  // keys any / every row sees
   for (int32_t r = 0; r < used; ++r) {
     const int32_t first = s.first[r], limit = s.limit[r];
     if (first < limit) {
@@ -104,31 +113,37 @@ void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, St
   __builtin_memset(s.output, 0, static_cast<size_t>(rows) * static_cast<size_t>(layout.value) * 4);
 
   const bool packed = Arithmetic::kScaled;
-  const bool direct = native && suits_direct<Simd, Arithmetic>(p.cache, item.sequence, layout, rows);
+  const bool direct =
+      native && suits_direct<Simd, Arithmetic>(p.cache, item.sequence, layout, rows);
   const int64_t row_scale = packed ? layout.latent + layout.rope : 0;
   const Tiles tiles(p.cache, item.sequence, layout, stage, direct, row_scale, s.staged);
   for (int32_t at = begin; at < end;) {
-    // Tiles end at multiples of the tile length, so that their pages of 16 tokens are whole but for the first and the last.
+    // Tiles end at multiples of the tile length, so that their pages of 16 tokens are whole but for
+    // the first and the last.
     int32_t next = (at / shape.tile + 1) * shape.tile;
     if (next > end) next = end;
     const int32_t count = p.indices ? list_positions(p, item, at, next, s.positions) : next - at;
     const Tile tile = p.indices ? tiles.gather(s.positions, at, count) : tiles(at, next, end);
-    const bool edge = (!p.indices && (at < all_begin || next > all_end)) || tile.tokens != tile.valid;
+    const bool edge =
+        (!p.indices && (at < all_begin || next > all_end)) || tile.tokens != tile.valid;
     if (holes) {
       for (int32_t t = 0; !p.indices && t < count; ++t) s.positions[t] = at + t;
       fill_bias(p, item, count, tile.tokens, rows, s);
     }
     score<Simd, Arithmetic>(tile, vectors, s, tile.key[0].group[0] != s.staged);
-    soften<Simd, Arithmetic>(tile, Arithmetic::kScaled ? 1.0f : scale, edge, holes ? s.bias : nullptr, vectors, s);
+    soften<Simd, Arithmetic>(tile, Arithmetic::kScaled ? 1.0f : scale, edge,
+                             holes ? s.bias : nullptr, vectors, s);
     accumulate<Simd, Arithmetic>(tile, used, rows, layout.value, s);
     at = next;
   }
   finish<Simd, Arithmetic>(p, shape, item, layout, s, partials);
 }
 
-// Merges the partial results of a row block by their log-sum-exp and writes the output; the sink joins here.
+// Merges the partial results of a row block by their log-sum-exp and writes the output; the sink
+// joins here.
 template <class Simd>
-void merge(const AttentionParams& p, BlockShape shape, const MergeItem& item, const float* partials) {
+void merge(const AttentionParams& p, BlockShape shape, const MergeItem& item,
+           const float* partials) {
   const int32_t latent = p.cache.latent;
   const int64_t slot = partial_floats(shape, latent);
   const float* first = partials + item.first * slot;
@@ -143,11 +158,13 @@ void merge(const AttentionParams& p, BlockShape shape, const MergeItem& item, co
     }
     const bool none = most == -__builtin_inff() && !nan;
     float sum = 0;
-    for (int32_t i = 0; i < item.count; ++i) sum += lse[i * slot] == -__builtin_inff() ? 0 : expf(lse[i * slot] - most);
+    for (int32_t i = 0; i < item.count; ++i)
+      sum += lse[i * slot] == -__builtin_inff() ? 0 : expf(lse[i * slot] - most);
     p.lse[item.sequence * p.lse_stride[0] + head * p.lse_stride[1] + token * p.lse_stride[2]] =
         none ? -__builtin_inff() : most + logf(sum);
     const float total = p.attn_sink && !none ? sum + expf(p.attn_sink[head] - most) : sum;
-    std::byte* to = p.out.data + item.sequence * p.out.stride[0] + token * p.out.stride[1] + head * p.out.stride[2];
+    std::byte* to = p.out.data + item.sequence * p.out.stride[0] + token * p.out.stride[1] +
+                    head * p.out.stride[2];
     constexpr int32_t kChunk = 512;
     for (int32_t d0 = 0; d0 < latent; d0 += kChunk) {
       float x[kChunk] = {};

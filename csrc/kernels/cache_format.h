@@ -1,5 +1,5 @@
-// cache_format.h: the cache formats as one list of types, in the order of CacheFormat. Adding a format: its file, one line here,
-// one enumerator in params.h.
+// cache_format.h: the cache formats as one list of types, in the order of CacheFormat. Adding a
+// format: its file, one line here, one enumerator in params.h.
 #pragma once
 #include "kernels/formats/float.h"
 #include "kernels/formats/q4_kv.h"

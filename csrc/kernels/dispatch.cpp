@@ -1,4 +1,5 @@
-// dispatch.cpp: the list of levels and the choice among them. Adding an instruction set: its isa/*.cpp, one line here.
+// dispatch.cpp: the list of levels and the choice among them. Adding an instruction set: its
+// isa/*.cpp, one line here.
 #include "kernels/dispatch.h"
 
 #include <atomic>
@@ -28,7 +29,8 @@ struct LevelEntry {
 #if defined(__x86_64__)
 // __builtin_cpu_supports also asks the system whether it saves the registers.
 bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
 }
 bool has_avx2_vnni() {
 #ifdef FLASHMLA_AVX2_VNNI_EVEX

@@ -1,4 +1,5 @@
-// dispatch.h: which instruction set runs. Chosen once at load from what CPU and system offer; FLASHMLA_ISA or force_isa() override.
+// dispatch.h: which instruction set runs. Chosen once at load from what CPU and system offer;
+// FLASHMLA_ISA or force_isa() override.
 #pragma once
 
 namespace flashmla {
@@ -12,10 +13,12 @@ const char* const* isa_names();
 // Whether this machine can run the level.
 bool isa_available(const char* name);
 
-// Makes `name` the level in use ("" or "auto": the best available). False, and nothing changes, if unknown or unavailable.
+// Makes `name` the level in use ("" or "auto": the best available). False, and nothing changes, if
+// unknown or unavailable.
 bool force_isa(const char* name);
 
-// True when FLASHMLA_ISA was set at load to something unknown or unavailable (the ops raise on the first call).
+// True when FLASHMLA_ISA was set at load to something unknown or unavailable (the ops raise on the
+// first call).
 const char* isa_environment_error();
 
 // Name and version of the compiler that built the kernels.

@@ -1,4 +1,5 @@
-// driver.cpp: runs the ops' requests: plan -> items on threads -> merge, and the row-wise work of the cache.
+// driver.cpp: runs the ops' requests: plan -> items on threads -> merge, and the row-wise work of
+// the cache.
 #include "kernels/driver.h"
 
 #include <algorithm>
@@ -43,7 +44,8 @@ void store_scalar(ScalarType type, std::byte* p, int64_t i, float x) {
   if (type == ScalarType::kF32) {
     reinterpret_cast<float*>(p)[i] = x;
   } else {
-    reinterpret_cast<uint16_t*>(p)[i] = type == ScalarType::kBf16 ? float_to_bf16(x) : float_to_f16(x);
+    reinterpret_cast<uint16_t*>(p)[i] =
+        type == ScalarType::kBf16 ? float_to_bf16(x) : float_to_f16(x);
   }
 }
 
@@ -55,8 +57,10 @@ void attention(const AttentionParams& p, Plan& plan, const Executor& executor) {
   const BlockShape shape = table.block_shape(p);
   make_plan(p, shape, executor.workers, plan);
   const size_t scratch_bytes = table.scratch_bytes(p, shape);
-  const size_t partial_bytes = static_cast<size_t>(plan.partials * table.partial_floats(p, shape)) * sizeof(float);
-  auto* partials = plan.partials == 0 ? nullptr : reinterpret_cast<float*>(executor.scratch(1, partial_bytes));
+  const size_t partial_bytes =
+      static_cast<size_t>(plan.partials * table.partial_floats(p, shape)) * sizeof(float);
+  auto* partials =
+      plan.partials == 0 ? nullptr : reinterpret_cast<float*>(executor.scratch(1, partial_bytes));
   run(executor, static_cast<int64_t>(plan.worker_begin.size()) - 1, [&](int64_t w) {
     const auto begin = static_cast<size_t>(plan.worker_begin[static_cast<size_t>(w)]);
     const auto end = static_cast<size_t>(plan.worker_begin[static_cast<size_t>(w) + 1]);
@@ -84,12 +88,17 @@ void merge_states(const MergeParams& p, const Executor& executor) {
   constexpr float kNone = -std::numeric_limits<float>::infinity();
   auto merge_row = [&](int64_t i) {
     const int64_t b = i / p.heads / p.q_len, s = i / p.heads % p.q_len, h = i % p.heads;
-    auto at = [&](const QueryRows& q) { return q.data + b * q.stride[0] + s * q.stride[1] + h * q.stride[2]; };
-    auto lse_at = [&](const int64_t* stride) { return b * stride[0] + h * stride[1] + s * stride[2]; };
+    auto at = [&](const QueryRows& q) {
+      return q.data + b * q.stride[0] + s * q.stride[1] + h * q.stride[2];
+    };
+    auto lse_at = [&](const int64_t* stride) {
+      return b * stride[0] + h * stride[1] + s * stride[2];
+    };
     const float la = p.lse_a[lse_at(p.lse_a_stride)], lb = p.lse_b[lse_at(p.lse_b_stride)];
     const float most = la > lb || lb != lb ? la : lb;
     // A part without keys is left out by selection: its values may be anything.
-    const float wa = la == kNone ? 0 : std::exp(la - most), wb = lb == kNone ? 0 : std::exp(lb - most);
+    const float wa = la == kNone ? 0 : std::exp(la - most),
+                wb = lb == kNone ? 0 : std::exp(lb - most);
     const float sum = wa + wb;
     p.lse[lse_at(p.lse_stride)] = sum == 0 ? kNone : most + std::log(sum);
     const float total = p.attn_sink && sum != 0 ? sum + std::exp(p.attn_sink[h] - most) : sum;
@@ -102,9 +111,10 @@ void merge_states(const MergeParams& p, const Executor& executor) {
       store_scalar(p.type, out, d, x);
     }
   };
-  run_rows(executor, static_cast<int64_t>(p.batch) * p.q_len * p.heads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) merge_row(i);
-  });
+  run_rows(executor, static_cast<int64_t>(p.batch) * p.q_len * p.heads,
+           [&](int64_t begin, int64_t end) {
+             for (int64_t i = begin; i < end; ++i) merge_row(i);
+           });
 }
 
 }  // namespace flashmla

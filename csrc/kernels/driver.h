@@ -1,4 +1,5 @@
-// driver.h: the entry points the ops call. Plans the work and runs it on the caller's threads, in the caller's memory.
+// driver.h: the entry points the ops call. Plans the work and runs it on the caller's threads, in
+// the caller's memory.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -13,8 +14,8 @@ struct Executor {
   int32_t workers;  // threads that parallel_for can use at once
   // Calls body(i, context) once for each i in [0, count), on any thread.
   void (*parallel_for)(int64_t count, void (*body)(int64_t i, void* context), void* context);
-  // At least `bytes` bytes, 64-byte aligned, private to the calling thread, kept and reused between calls.
-  // `slot` tells apart the two buffers a thread can hold at once.
+  // At least `bytes` bytes, 64-byte aligned, private to the calling thread, kept and reused between
+  // calls. `slot` tells apart the two buffers a thread can hold at once.
   std::byte* (*scratch)(int slot, size_t bytes);
 };
 

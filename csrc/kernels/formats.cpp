@@ -37,7 +37,8 @@ const FormatInfo* format_list(int* count) {
 
 const FormatInfo* find_format(const char* name, size_t length) {
   for (const FormatInfo& f : All::kInfo) {
-    if (__builtin_strlen(f.name) == length && __builtin_memcmp(f.name, name, length) == 0) return &f;
+    if (__builtin_strlen(f.name) == length && __builtin_memcmp(f.name, name, length) == 0)
+      return &f;
   }
   return nullptr;
 }

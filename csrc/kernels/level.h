@@ -1,29 +1,32 @@
-// level.h: makes the kernel table of one instruction set from its vocabulary. Included by isa/*.cpp only.
+// level.h: makes the kernel table of one instruction set from its vocabulary. Included by isa/*.cpp
+// only.
 #pragma once
 #include "kernels/attention.h"
 #include "kernels/cache_format.h"
 #include "kernels/kernel_table.h"
-#include "kernels/rows.h"
 #include "kernels/roof.h"
+#include "kernels/rows.h"
 #include "kernels/simd/concept.h"
 
 namespace flashmla {
 namespace {
 
-// What computes one (format, query type): the kernels of its arithmetic with the codec of the format.
+// What computes one (format, query type): the kernels of its arithmetic with the codec of the
+// format.
 struct Pipeline {
   BlockShape (*block_shape)(const RowLayout& layout);
   RowLayout (*row_layout)(int32_t latent, int32_t rope);
   size_t (*lay_out)(const RowLayout& layout, BlockShape shape, std::byte* base, Scratch& s);
-  void (*attend)(const AttentionParams& p, BlockShape shape, const WorkItem& item, StageRow stage, bool native,
-                 float* partials, std::byte* memory);
+  void (*attend)(const AttentionParams& p, BlockShape shape, const WorkItem& item, StageRow stage,
+                 bool native, float* partials, std::byte* memory);
   StageRow stage;
   bool native;
   const char* arithmetic;
 };
 
 template <class Simd, class Arithmetic, class Format>
-void stage_row(const std::byte* kv_c, const std::byte* k_pe, const RowLayout& layout, std::byte* row) {
+void stage_row(const std::byte* kv_c, const std::byte* k_pe, const RowLayout& layout,
+               std::byte* row) {
   Format::stage(Arithmetic{}, kv_c, k_pe, layout, row);
 }
 
@@ -69,7 +72,9 @@ const Pipeline& pipeline_of(CacheFormat format, ScalarType query) {
 template <class Simd>
   requires SimdVocabulary<Simd>
 struct Level {
-  static const Pipeline& of(const AttentionParams& p) { return pipeline_of<Simd>(p.cache.format, p.q_type); }
+  static const Pipeline& of(const AttentionParams& p) {
+    return pipeline_of<Simd>(p.cache.format, p.q_type);
+  }
 
   static BlockShape block_shape(const AttentionParams& p) {
     return of(p).block_shape(of(p).row_layout(p.cache.latent, p.cache.rope));
@@ -81,8 +86,8 @@ struct Level {
   static int64_t partial_floats(const AttentionParams& p, BlockShape shape) {
     return flashmla::partial_floats(shape, p.cache.latent);
   }
-  static void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, float* partials,
-                     std::byte* scratch) {
+  static void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item,
+                     float* partials, std::byte* scratch) {
     of(p).attend(p, shape, item, of(p).stage, of(p).native, partials, scratch);
   }
   static const char* arithmetic(CacheFormat format, ScalarType query) {
@@ -90,8 +95,8 @@ struct Level {
   }
 
   static constexpr KernelTable table(const char* name) {
-    return {name, block_shape, scratch_bytes, partial_floats, attend, merge<Simd>, append_rows<Simd>, gather_rows<Simd>,
-            arithmetic, spin<Simd>};
+    return {name,        block_shape,       scratch_bytes,     partial_floats, attend,
+            merge<Simd>, append_rows<Simd>, gather_rows<Simd>, arithmetic,     spin<Simd>};
   }
 };
 

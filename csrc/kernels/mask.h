@@ -1,5 +1,5 @@
-// mask.h: attn_mask as the kernels use it. An interval of kept keys only narrows a row's [first, limit); a mask with holes or
-// values becomes an additive tile [t][row].
+// mask.h: attn_mask as the kernels use it. An interval of kept keys only narrows a row's [first,
+// limit); a mask with holes or values becomes an additive tile [t][row].
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -19,12 +19,15 @@ struct MaskRow {
   MaskType type;
   const std::byte* data;
 
-  // Additive value at a column, in log2 units; -inf at and below the lowest finite value of the mask's type.
+  // Additive value at a column, in log2 units; -inf at and below the lowest finite value of the
+  // mask's type.
   float operator[](int32_t column) const {
     constexpr float kNone = -__builtin_inff();
     switch (type) {
-      case MaskType::kNone: return 0;
-      case MaskType::kBool: return data[column] != std::byte{0} ? 0 : kNone;
+      case MaskType::kNone:
+        return 0;
+      case MaskType::kBool:
+        return data[column] != std::byte{0} ? 0 : kNone;
       case MaskType::kF32: {
         float x;
         __builtin_memcpy(&x, data + 4 * static_cast<int64_t>(column), 4);
@@ -51,7 +54,8 @@ struct MaskRow {
 
 inline MaskRow mask_row(const AttentionParams& p, int32_t sequence, int32_t row) {
   const int32_t token = row / p.heads, head = row % p.heads;
-  return {p.mask_type, p.mask + sequence * p.mask_stride[0] + head * p.mask_stride[1] + token * p.mask_stride[2]};
+  return {p.mask_type, p.mask + sequence * p.mask_stride[0] + head * p.mask_stride[1] +
+                           token * p.mask_stride[2]};
 }
 
 // Rows of one query token whose heads read the same mask row: they see the same keys.
@@ -59,11 +63,14 @@ inline bool same_mask(const AttentionParams& p, const WorkItem& item, int32_t a,
   return p.mask_stride[1] == 0 && (item.row_begin + a) / p.heads == (item.row_begin + b) / p.heads;
 }
 
-// Sets [first, limit) of the rows of an item, within its keys. Returns whether the mask has holes or values inside.
-// With index lists the rows see every token that is gathered, and a mask always applies to them one by one.
-inline bool find_ranges(const AttentionParams& p, const WorkItem& item, int32_t padded_rows, const Scratch& s) {
+// Sets [first, limit) of the rows of an item, within its keys. Returns whether the mask has holes
+// or values inside. With index lists the rows see every token that is gathered, and a mask always
+// applies to them one by one.
+inline bool find_ranges(const AttentionParams& p, const WorkItem& item, int32_t padded_rows,
+                        const Scratch& s) {
   if (p.indices) {
-    for (int32_t r = 0; r < padded_rows; ++r) s.first[r] = item.key_begin, s.limit[r] = item.key_end;
+    for (int32_t r = 0; r < padded_rows; ++r)
+      s.first[r] = item.key_begin, s.limit[r] = item.key_end;
     return p.mask_type != MaskType::kNone;
   }
   bool holes = false;
@@ -95,9 +102,10 @@ inline bool find_ranges(const AttentionParams& p, const WorkItem& item, int32_t 
   return holes;
 }
 
-// The additive tile of the `count` tokens at s.positions; rows and positions outside the ranges are left to soften().
-inline void fill_bias(const AttentionParams& p, const WorkItem& item, int32_t count, int32_t tokens, int32_t padded_rows,
-                      const Scratch& s) {
+// The additive tile of the `count` tokens at s.positions; rows and positions outside the ranges are
+// left to soften().
+inline void fill_bias(const AttentionParams& p, const WorkItem& item, int32_t count, int32_t tokens,
+                      int32_t padded_rows, const Scratch& s) {
   for (int32_t r = 0; r < padded_rows; ++r) {
     float* to = s.bias + r;
     if (item.row_begin + r >= item.row_end) {
@@ -105,7 +113,8 @@ inline void fill_bias(const AttentionParams& p, const WorkItem& item, int32_t co
       continue;
     }
     const MaskRow mask = mask_row(p, item.sequence, item.row_begin + r);
-    if (r > 0 && same_mask(p, item, r, r - 1)) {  // heads that share a mask row copy their neighbour
+    if (r > 0 &&
+        same_mask(p, item, r, r - 1)) {  // heads that share a mask row copy their neighbour
       for (int32_t t = 0; t < tokens; ++t) {
         to[static_cast<int64_t>(t) * padded_rows] = to[static_cast<int64_t>(t) * padded_rows - 1];
       }

@@ -1,6 +1,8 @@
-// params.h: the plain structs that carry a call from the ops to the kernels. Pointers, strides in bytes, no tensors.
+// params.h: the plain structs that carry a call from the ops to the kernels. Pointers, strides in
+// bytes, no tensors.
 //
-//   ops (tensors, checks)  ->  params.h  ->  driver.h (plan, threads)  ->  kernel_table.h (one instruction set)
+//   ops (tensors, checks)  ->  params.h  ->  driver.h (plan, threads)  ->  kernel_table.h (one
+//   instruction set)
 //
 // Everything here is checked by the ops before a kernel sees it: kernels trust it.
 #pragma once
@@ -11,7 +13,9 @@ namespace flashmla {
 
 enum class ScalarType : uint8_t { kF32, kBf16, kF16 };
 
-[[gnu::always_inline]] constexpr inline int64_t size_of(ScalarType type) { return type == ScalarType::kF32 ? 4 : 2; }
+[[gnu::always_inline]] constexpr inline int64_t size_of(ScalarType type) {
+  return type == ScalarType::kF32 ? 4 : 2;
+}
 
 enum class MaskType : uint8_t { kNone, kBool, kF32, kBf16, kF16 };
 
@@ -25,14 +29,16 @@ struct PagedRows {
   int64_t token_stride;  // bytes
 };
 
-// Queries (or outputs): element row (b, s, h) starts at data + b * stride[0] + s * stride[1] + h * stride[2].
+// Queries (or outputs): element row (b, s, h) starts at data + b * stride[0] + s * stride[1] + h *
+// stride[2].
 struct QueryRows {
   std::byte* data;    // [B, Sq, H, width]
   int64_t stride[3];  // bytes
 };
 
-// The cache as attention sees it. Float formats: kv_c rows hold L values, k_pe rows hold R values (in the one-tensor form
-// k_pe.data is kv_c.data plus L elements, with the same strides). Packed formats: kv_c rows hold everything, k_pe is unused.
+// The cache as attention sees it. Float formats: kv_c rows hold L values, k_pe rows hold R values
+// (in the one-tensor form k_pe.data is kv_c.data plus L elements, with the same strides). Packed
+// formats: kv_c rows hold everything, k_pe is unused.
 struct CacheView {
   CacheFormat format;
   int32_t latent;  // L, values
@@ -44,7 +50,8 @@ struct CacheView {
   int64_t block_table_stride;  // entries
 };
 
-// Absorbed attention: queries of D = L + R values against the latent cache, values are the first L columns.
+// Absorbed attention: queries of D = L + R values against the latent cache, values are the first L
+// columns.
 struct AttentionParams {
   int32_t batch;  // B
   int32_t q_len;  // Sq
@@ -64,7 +71,8 @@ struct AttentionParams {
   const std::byte* mask;   // [B, H, Sq, S], columns contiguous, or null
   int64_t mask_stride[3];  // bytes, of B, H, Sq (0: broadcast)
 
-  const int32_t* indices;     // [B, Sq, topk]: the positions a query token may see, others are skipped; or null
+  const int32_t*
+      indices;  // [B, Sq, topk]: the positions a query token may see, others are skipped; or null
   int64_t indices_stride[2];  // entries, of B, Sq
   int32_t topk;
   const int32_t* topk_length;  // [B]: leading entries of each list that count; or null
@@ -78,14 +86,15 @@ struct AttentionParams {
   bool deterministic;  // key splits depend on one sequence alone, never on threads or batch mates
 };
 
-// Writes tokens into the cache. Token i goes to slot slot_mapping[i] = block * block_size + offset; -1 skips it.
+// Writes tokens into the cache. Token i goes to slot slot_mapping[i] = block * block_size + offset;
+// -1 skips it.
 struct AppendParams {
   int64_t tokens;
-  ScalarType type;        // of kv_c and k_pe
-  const std::byte* kv_c;  // [tokens, L]
-  int64_t kv_c_stride;    // bytes
-  const std::byte* k_pe;  // [tokens, R]
-  int64_t k_pe_stride;    // bytes
+  ScalarType type;              // of kv_c and k_pe
+  const std::byte* kv_c;        // [tokens, L]
+  int64_t kv_c_stride;          // bytes
+  const std::byte* k_pe;        // [tokens, R]
+  int64_t k_pe_stride;          // bytes
   const int64_t* slot_mapping;  // [tokens]
   CacheView cache;              // block_table unused
 };
@@ -93,27 +102,28 @@ struct AppendParams {
 // Dequantises rows of the cache into a dense tensor, zero beyond each length.
 struct GatherParams {
   int32_t batch;
-  int64_t max_seqlen;            // N: rows written per sequence
+  int64_t max_seqlen;  // N: rows written per sequence
   CacheView cache;
   const int32_t* cache_seqlens;  // [B]
   ScalarType out_type;
   std::byte* out;  // [B, N, L + R], contiguous
 };
 
-// Combines two partial results of the same queries by their log-sum-exp; the sink, if any, joins here.
+// Combines two partial results of the same queries by their log-sum-exp; the sink, if any, joins
+// here.
 struct MergeParams {
   int32_t batch;
   int32_t q_len;
   int32_t heads;
   int32_t width;  // values per row
   ScalarType type;
-  QueryRows out_a;         // [B, Sq, H, width]
-  QueryRows out_b;         // [B, Sq, H, width]
-  QueryRows out;           // [B, Sq, H, width]
-  const float* lse_a;      // [B, H, Sq]
-  const float* lse_b;      // [B, H, Sq]
-  float* lse;              // [B, H, Sq]
-  int64_t lse_a_stride[3]; // elements
+  QueryRows out_a;          // [B, Sq, H, width]
+  QueryRows out_b;          // [B, Sq, H, width]
+  QueryRows out;            // [B, Sq, H, width]
+  const float* lse_a;       // [B, H, Sq]
+  const float* lse_b;       // [B, H, Sq]
+  float* lse;               // [B, H, Sq]
+  int64_t lse_a_stride[3];  // elements
   int64_t lse_b_stride[3];
   int64_t lse_stride[3];
   const float* attn_sink;  // [H] or null

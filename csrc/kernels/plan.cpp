@@ -1,8 +1,9 @@
 // plan.cpp: cuts the work of a call into items of equal cost.
 //
-// The cost of every (sequence, row block), causal skipping included, lies on a line; the line is cut into as many equal parts as
-// there are workers, at tile multiples. A worker gets whole blocks and at most two cut ones, so there are at most two partial
-// results per worker. In deterministic mode a block is cut by its own length alone.
+// The cost of every (sequence, row block), causal skipping included, lies on a line; the line is
+// cut into as many equal parts as there are workers, at tile multiples. A worker gets whole blocks
+// and at most two cut ones, so there are at most two partial results per worker. In deterministic
+// mode a block is cut by its own length alone.
 #include "kernels/plan.h"
 
 #include <algorithm>
@@ -33,10 +34,13 @@ class Emitter {
   Emitter(Plan& plan, int32_t tile) : plan_(plan), tile_(tile) {}
 
   void piece(const Block& b, int32_t tile_begin, int32_t tile_end, bool whole) {
-    plan_.items.push_back({b.sequence, b.row_begin, b.row_end, whole ? b.keys.begin : tile_edge(b.keys, tile_, tile_begin),
-                           whole ? b.keys.end : tile_edge(b.keys, tile_, tile_end), whole ? -1 : plan_.partials});
+    plan_.items.push_back({b.sequence, b.row_begin, b.row_end,
+                           whole ? b.keys.begin : tile_edge(b.keys, tile_, tile_begin),
+                           whole ? b.keys.end : tile_edge(b.keys, tile_, tile_end),
+                           whole ? -1 : plan_.partials});
     if (whole) return;
-    if (tile_begin == 0) plan_.merges.push_back({b.sequence, b.row_begin, b.row_end, plan_.partials, 0});
+    if (tile_begin == 0)
+      plan_.merges.push_back({b.sequence, b.row_begin, b.row_end, plan_.partials, 0});
     ++plan_.merges.back().count;
     ++plan_.partials;
   }
@@ -60,7 +64,8 @@ void for_each_block(const AttentionParams& p, BlockShape shape, Visit visit) {
   }
 }
 
-// A tile costs its rows (in vectors of 16) and a constant for staging; a block costs its packing and output.
+// A tile costs its rows (in vectors of 16) and a constant for staging; a block costs its packing
+// and output.
 int64_t tile_cost(const Block& b) { return (b.row_end - b.row_begin + 15) / 16 + 1; }
 int64_t block_overhead(const Block& b) { return tile_cost(b); }
 
@@ -76,7 +81,8 @@ void plan_deterministic(const AttentionParams& p, BlockShape shape, int32_t work
     total += splits;
   });
   // Which worker runs an item changes no bit of it.
-  for (int32_t w = 1; w < workers; ++w) plan.worker_begin.push_back(static_cast<int32_t>(total * w / workers));
+  for (int32_t w = 1; w < workers; ++w)
+    plan.worker_begin.push_back(static_cast<int32_t>(total * w / workers));
 }
 
 void plan_balanced(const AttentionParams& p, BlockShape shape, int32_t workers, Plan& plan) {
@@ -118,10 +124,12 @@ void plan_balanced(const AttentionParams& p, BlockShape shape, int32_t workers, 
 
 }  // namespace
 
-KeyRange visible_keys(const AttentionParams& p, int32_t sequence, int32_t token_begin, int32_t token_end) {
+KeyRange visible_keys(const AttentionParams& p, int32_t sequence, int32_t token_begin,
+                      int32_t token_end) {
   if (p.indices) return {0, listed(p, sequence)};
   // Both ends grow with the token, so the first and the last token bound the block.
-  const KeyRange first = visible_to_token(p, sequence, token_begin), last = visible_to_token(p, sequence, token_end - 1);
+  const KeyRange first = visible_to_token(p, sequence, token_begin),
+                 last = visible_to_token(p, sequence, token_end - 1);
   if (last.begin >= last.end) return {0, 0};
   return {first.begin < first.end ? first.begin : std::min(first.begin, last.begin), last.end};
 }

@@ -1,4 +1,5 @@
-// query.h: packs a block of query rows so that lanes are rows: [row block][word][row], the operand of score().
+// query.h: packs a block of query rows so that lanes are rows: [row block][word][row], the operand
+// of score().
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -11,8 +12,8 @@
 namespace flashmla {
 namespace {
 
-// Rows are packed in blocks of this many vectors, as many as score() keeps in registers: contiguous per block, because with a
-// stride of all rows the words of one row share few L1 sets.
+// Rows are packed in blocks of this many vectors, as many as score() keeps in registers: contiguous
+// per block, because with a stride of all rows the words of one row share few L1 sets.
 template <class Simd>
 constexpr int kMaxRowVectors = Simd::kRegisters == 32 ? 4 : 2;
 
@@ -24,15 +25,16 @@ template <class Simd>
   return width;
 }
 
-[[gnu::always_inline]] inline const std::byte* query_row(const QueryRows& q, int32_t sequence, int32_t token, int32_t head) {
+[[gnu::always_inline]] inline const std::byte* query_row(const QueryRows& q, int32_t sequence,
+                                                         int32_t token, int32_t head) {
   return q.data + sequence * q.stride[0] + token * q.stride[1] + head * q.stride[2];
 }
 
-// One segment of one query row, times `sign`, as arithmetic elements. For scaled arithmetics also its scale, times `factor`, and
-// the start value of its accumulators.
+// One segment of one query row, times `sign`, as arithmetic elements. For scaled arithmetics also
+// its scale, times `factor`, and the start value of its accumulators.
 template <class Simd, class Arithmetic>
-void encode_query(ScalarType type, const std::byte* from, int32_t count, float sign, float factor, std::byte* to,
-                  float* scale, int32_t* start) {
+void encode_query(ScalarType type, const std::byte* from, int32_t count, float sign, float factor,
+                  std::byte* to, float* scale, int32_t* start) {
   constexpr int kVector = Simd::kLanes * Arithmetic::kGroup;
   constexpr int kChunk = 512;  // values widened at a time
   float wide[kChunk];
@@ -43,7 +45,8 @@ void encode_query(ScalarType type, const std::byte* from, int32_t count, float s
     for (int32_t at = 0; at < count; at += kChunk) {
       const int32_t n = count - at < kChunk ? count - at : kChunk;
       load_values<Simd>(type, from + at * size, n, round_up(n, Simd::kLanes), wide);
-      for (int32_t i = 0; i < n; i += Simd::kLanes) most = Simd::max(most, Simd::abs(Simd::load(wide + i)));
+      for (int32_t i = 0; i < n; i += Simd::kLanes)
+        most = Simd::max(most, Simd::abs(Simd::load(wide + i)));
     }
     const float m = Simd::reduce_max(most);
     const float most_code = Arithmetic::query_max(count);
@@ -72,11 +75,12 @@ void encode_query(ScalarType type, const std::byte* from, int32_t count, float s
   }
 }
 
-// Packs rows [item.row_begin, item.row_end), zero rows up to `vectors` whole vectors. The sign of the softmax scale goes into the
-// query, so that a larger score is a larger logit; `factor`, into the scales of scaled arithmetics.
+// Packs rows [item.row_begin, item.row_end), zero rows up to `vectors` whole vectors. The sign of
+// the softmax scale goes into the query, so that a larger score is a larger logit; `factor`, into
+// the scales of scaled arithmetics.
 template <class Simd, class Arithmetic>
-void pack_queries(const AttentionParams& p, const WorkItem& item, const RowLayout& layout, int vectors, float factor,
-                  Scratch& s) {
+void pack_queries(const AttentionParams& p, const WorkItem& item, const RowLayout& layout,
+                  int vectors, float factor, Scratch& s) {
   const float sign = p.softmax_scale < 0 ? -1.0f : 1.0f;
   using Word = typename Simd::Word;
   const int32_t rows = item.row_end - item.row_begin;
@@ -94,22 +98,27 @@ void pack_queries(const AttentionParams& p, const WorkItem& item, const RowLayou
           continue;
         }
         const int32_t token = (item.row_begin + r) / p.heads, head = (item.row_begin + r) % p.heads;
-        encode_query<Simd, Arithmetic>(p.q_type, query_row(p.q, item.sequence, token, head), layout.latent, sign, factor, row,
-                                       s.query_scale[0] + r, s.query_sum[0] + r);
+        encode_query<Simd, Arithmetic>(p.q_type, query_row(p.q, item.sequence, token, head),
+                                       layout.latent, sign, factor, row, s.query_scale[0] + r,
+                                       s.query_sum[0] + r);
         if (layout.rope == 0) continue;
-        encode_query<Simd, Arithmetic>(p.q_type, query_row(p.q_pe, item.sequence, token, head), layout.rope, sign,
-                                       factor, row + layout.rope_offset, s.query_scale[1] + r, s.query_sum[1] + r);
+        encode_query<Simd, Arithmetic>(p.q_type, query_row(p.q_pe, item.sequence, token, head),
+                                       layout.rope, sign, factor, row + layout.rope_offset,
+                                       s.query_scale[1] + r, s.query_sum[1] + r);
       }
       int32_t done = 0;  // words of the segments before
       for (int seg = 0; seg < 2; done += layout.groups[seg], ++seg) {
         const std::byte* from = s.query_rows + (seg == 0 ? 0 : layout.rope_offset);
         for (int32_t g = 0; g < layout.groups[seg]; g += Simd::kLanes) {
           Word x[Simd::kLanes];
-          for (int i = 0; i < Simd::kLanes; ++i) x[i] = Simd::load_word(from + i * layout.stride + 4 * g);
+          for (int i = 0; i < Simd::kLanes; ++i)
+            x[i] = Simd::load_word(from + i * layout.stride + 4 * g);
           Simd::transpose(x);
-          const int32_t n = layout.groups[seg] - g < Simd::kLanes ? layout.groups[seg] - g : Simd::kLanes;
+          const int32_t n =
+              layout.groups[seg] - g < Simd::kLanes ? layout.groups[seg] - g : Simd::kLanes;
           for (int i = 0; i < n; ++i) {
-            Simd::store_word(block + (static_cast<int64_t>(done + g + i) * width + u) * Simd::kLanes * 4, x[i]);
+            Simd::store_word(
+                block + (static_cast<int64_t>(done + g + i) * width + u) * Simd::kLanes * 4, x[i]);
           }
         }
       }

@@ -1,12 +1,13 @@
-// row_layout.h: how one token's row looks in the memory of an arithmetic, in a staged tile: [latent | rope | two f32 scales].
+// row_layout.h: how one token's row looks in the memory of an arithmetic, in a staged tile: [latent
+// | rope | two f32 scales].
 #pragma once
 #include <cstdint>
 
 namespace flashmla {
 namespace {
 
-constexpr int kTile = 128;   // tokens per tile, at most
-constexpr int kPage = 16;    // tokens whose rows are addressed by one pointer
+constexpr int kTile = 128;  // tokens per tile, at most
+constexpr int kPage = 16;   // tokens whose rows are addressed by one pointer
 constexpr int kCacheLine = 64;
 
 [[gnu::always_inline]] constexpr inline int32_t round_up(int32_t n, int32_t multiple) {
@@ -19,7 +20,8 @@ struct RowLayout {
   int32_t value;         // values of a V row: L, padded to whole interleaved vectors
   int32_t rope_offset;   // bytes from the start of a staged row
   int32_t scale_offset;  // bytes
-  int32_t stride;        // bytes of a staged row: an odd number of cache lines, so that rows spread over the L1 sets
+  int32_t stride;  // bytes of a staged row: an odd number of cache lines, so that rows spread over
+                   // the L1 sets
 };
 
 template <class Simd, class Arithmetic>
@@ -35,7 +37,8 @@ RowLayout row_layout(int32_t latent, int32_t rope) {
   constexpr int kStep = kVector > 64 ? kVector : 64;
   l.rope_offset = round_up(latent, kStep) * Arithmetic::kBytes;
   l.scale_offset = l.rope_offset + round_up(rope, kStep) * Arithmetic::kBytes;
-  const int32_t lines = round_up(l.scale_offset + (Arithmetic::kScaled ? 8 : 0), kCacheLine) / kCacheLine;
+  const int32_t lines =
+      round_up(l.scale_offset + (Arithmetic::kScaled ? 8 : 0), kCacheLine) / kCacheLine;
   l.stride = (lines | 1) * kCacheLine;
   return l;
 }

@@ -1,5 +1,6 @@
-// score.h: S[t][row] = K[t] . Q[row] for one tile, and the maximum over the tile. Lanes are query rows; one word of K is
-// broadcast. Scores of scaled arithmetics come out in log2 units, plus log2 of the token's value scale (see soften.h).
+// score.h: S[t][row] = K[t] . Q[row] for one tile, and the maximum over the tile. Lanes are query
+// rows; one word of K is broadcast. Scores of scaled arithmetics come out in log2 units, plus log2
+// of the token's value scale (see soften.h).
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -12,11 +13,11 @@
 namespace flashmla {
 namespace {
 
-// kTokens x kVectors accumulators: tokens [t, t + kTokens) of the tile (within one page) against one row block.
-// Prefetches `ahead_bytes` per token from `ahead` on meanwhile; 0 for none.
+// kTokens x kVectors accumulators: tokens [t, t + kTokens) of the tile (within one page) against
+// one row block. Prefetches `ahead_bytes` per token from `ahead` on meanwhile; 0 for none.
 template <class Simd, class Arithmetic, int kTokens, int kVectors>
-void score_block(const Tile& tile, int32_t t, const std::byte* query, const Scratch& s, int32_t row, int32_t rows,
-                 const std::byte* ahead, int64_t ahead_bytes) {
+void score_block(const Tile& tile, int32_t t, const std::byte* query, const Scratch& s, int32_t row,
+                 int32_t rows, const std::byte* ahead, int64_t ahead_bytes) {
   using Acc = typename Arithmetic::Acc;
   using Word = typename Simd::Word;
   constexpr int kLanes = Simd::kLanes;
@@ -30,7 +31,8 @@ void score_block(const Tile& tile, int32_t t, const std::byte* query, const Scra
   // At most one cache line per word, the rest behind the loops.
   const int last = tile.key[1].words > 0 ? 1 : 0;
   const int64_t words = tile.key[0].words + tile.key[1].words, fetch_bytes = kTokens * ahead_bytes;
-  const int64_t step = fetch_bytes > words * kCacheLine ? kCacheLine : (fetch_bytes + words - 1) / words;
+  const int64_t step =
+      fetch_bytes > words * kCacheLine ? kCacheLine : (fetch_bytes + words - 1) / words;
   const std::byte* fetch = ahead;
   for (int seg = 0; seg <= last; ++seg) {
     const Span& span = tile.key[seg];
@@ -97,7 +99,8 @@ void score_block(const Tile& tile, int32_t t, const std::byte* query, const Scra
 
 // All tokens of the tile against one row block of kVectors vectors.
 template <class Simd, class Arithmetic, int kVectors>
-void score_rows(const Tile& tile, const std::byte* query, const Scratch& s, int32_t row, int32_t rows, bool prefetch) {
+void score_rows(const Tile& tile, const std::byte* query, const Scratch& s, int32_t row,
+                int32_t rows, bool prefetch) {
   // Accumulators leave room for the queries and the broadcast: 16 of 32 registers, 8 of 16.
   constexpr int kTokens = Simd::kRegisters / 2 / kVectors;
   constexpr int kAhead = 2;  // pages: 32 tokens
@@ -107,7 +110,8 @@ void score_rows(const Tile& tile, const std::byte* query, const Scratch& s, int3
       if (row == 0 && t % kPage == 0) load_value_scales<Simd>(tile, t / kPage, s);
     }
     const std::byte* ahead = span.group[t / kPage + kAhead] + t % kPage * span.stride;
-    score_block<Simd, Arithmetic, kTokens, kVectors>(tile, t, query, s, row, rows, ahead, prefetch ? span.stride : 0);
+    score_block<Simd, Arithmetic, kTokens, kVectors>(tile, t, query, s, row, rows, ahead,
+                                                     prefetch ? span.stride : 0);
   }
 }
 

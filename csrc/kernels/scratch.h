@@ -1,4 +1,5 @@
-// scratch.h: the working memory of one work item, laid out in one buffer that the caller lends. Independent of the context length.
+// scratch.h: the working memory of one work item, laid out in one buffer that the caller lends.
+// Independent of the context length.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -45,8 +46,10 @@ size_t lay_out(const RowLayout& layout, BlockShape shape, std::byte* base, Scrat
     used += (bytes + kCacheLine - 1) / kCacheLine * kCacheLine;
     return p;
   };
-  const size_t rows = static_cast<size_t>(round_up(shape.rows, Simd::kLanes)), tile = static_cast<size_t>(shape.tile);
-  const size_t words = static_cast<size_t>(layout.groups[0]) + static_cast<size_t>(layout.groups[1]);
+  const size_t rows = static_cast<size_t>(round_up(shape.rows, Simd::kLanes)),
+               tile = static_cast<size_t>(shape.tile);
+  const size_t words =
+      static_cast<size_t>(layout.groups[0]) + static_cast<size_t>(layout.groups[1]);
   auto take_floats = [&](size_t n) { return reinterpret_cast<float*>(take(n * 4)); };
   s.packed_query = take(rows * words * 4);
   s.query_rows = take(static_cast<size_t>(Simd::kLanes) * static_cast<size_t>(layout.stride));
@@ -72,8 +75,8 @@ size_t lay_out(const RowLayout& layout, BlockShape shape, std::byte* base, Scrat
   return used;
 }
 
-// The largest block whose working set (query, tile, output, scores, probabilities) stays in a good part of a 1 MiB L2 cache:
-// a pure function of the arithmetic and the dimensions.
+// The largest block whose working set (query, tile, output, scores, probabilities) stays in a good
+// part of a 1 MiB L2 cache: a pure function of the arithmetic and the dimensions.
 template <class Simd, class Arithmetic>
 BlockShape block_shape(const RowLayout& layout) {
   constexpr int64_t kBudget = 768 * 1024;
@@ -81,8 +84,9 @@ BlockShape block_shape(const RowLayout& layout) {
   for (const int32_t rows : {128, 64, 32}) {
     for (const int32_t tile : {128, 64}) {
       const int64_t words = layout.groups[0] + layout.groups[1];
-      const int64_t bytes = 4 * rows * words + static_cast<int64_t>(tile) * layout.stride + 4 * rows * layout.value +
-                            4 * tile * rows + 4 * tile / Arithmetic::kGroup * rows;
+      const int64_t bytes = 4 * rows * words + static_cast<int64_t>(tile) * layout.stride +
+                            4 * rows * layout.value + 4 * tile * rows +
+                            4 * tile / Arithmetic::kGroup * rows;
       if (bytes <= kBudget) {
         shape = {rows, tile};
         return shape;

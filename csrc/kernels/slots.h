@@ -18,7 +18,8 @@ class Slots {
  public:
   Slots(const CacheView& cache, int32_t sequence)
       : cache_(cache),
-        pages_(cache.block_table ? cache.block_table + sequence * cache.block_table_stride : nullptr),
+        pages_(cache.block_table ? cache.block_table + sequence * cache.block_table_stride
+                                 : nullptr),
         sequence_(sequence),
         shift_(__builtin_popcount(static_cast<uint32_t>(cache.block_size)) == 1
                    ? __builtin_ctz(static_cast<uint32_t>(cache.block_size))
@@ -32,8 +33,9 @@ class Slots {
       block = pages_[page];
       offset = token - page * cache_.block_size;
     }
-    return {cache_.kv_c.data + block * cache_.kv_c.block_stride + offset * cache_.kv_c.token_stride,
-            cache_.k_pe.data + block * cache_.k_pe.block_stride + offset * cache_.k_pe.token_stride};
+    return {
+        cache_.kv_c.data + block * cache_.kv_c.block_stride + offset * cache_.kv_c.token_stride,
+        cache_.k_pe.data + block * cache_.k_pe.block_stride + offset * cache_.k_pe.token_stride};
   }
 
   // Tokens [16 i, 16 i + 16) are neighbours in memory, for every i.

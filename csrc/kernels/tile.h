@@ -1,4 +1,5 @@
-// tile.h: up to 128 tokens as the algorithm sees them, direct from the cache or staged: codec + slots -> Tile.
+// tile.h: up to 128 tokens as the algorithm sees them, direct from the cache or staged: codec +
+// slots -> Tile.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -9,8 +10,8 @@
 namespace flashmla {
 namespace {
 
-// One segment of the rows of a tile: token t is at group[t / 16] + (t % 16) * stride. The last two groups belong to the next
-// tile and are only prefetched.
+// One segment of the rows of a tile: token t is at group[t / 16] + (t % 16) * stride. The last two
+// groups belong to the next tile and are only prefetched.
 struct Span {
   const std::byte* group[kTile / kPage + 2];
   int64_t stride;  // bytes
@@ -19,33 +20,44 @@ struct Span {
 };
 
 struct Tile {
-  int32_t begin;   // position of token 0
-  int32_t valid;   // tokens of the cache
-  int32_t tokens;  // `valid` rounded up to 16: the last ones may be padding (zero rows), to be masked
-  Span key[2];     // latent and rope
+  int32_t begin;  // position of token 0
+  int32_t valid;  // tokens of the cache
+  int32_t
+      tokens;   // `valid` rounded up to 16: the last ones may be padding (zero rows), to be masked
+  Span key[2];  // latent and rope
   Span value;
 };
 
-using StageRow = void (*)(const std::byte* kv_c, const std::byte* k_pe, const RowLayout& layout, std::byte* row);
+using StageRow = void (*)(const std::byte* kv_c, const std::byte* k_pe, const RowLayout& layout,
+                          std::byte* row);
 
 // Makes the tiles of one work item.
 class Tiles {
  public:
-  // direct: rows of the cache already are rows of the arithmetic and suit the kernels (see suits_direct).
-  Tiles(const CacheView& cache, int32_t sequence, const RowLayout& layout, StageRow stage, bool direct,
-        int64_t row_scale, std::byte* scratch)
-      : cache_(cache), slots_(cache, sequence), layout_(layout), stage_(stage), direct_(direct),
-        row_scale_(row_scale), scratch_(scratch) {}
+  // direct: rows of the cache already are rows of the arithmetic and suit the kernels (see
+  // suits_direct).
+  Tiles(const CacheView& cache, int32_t sequence, const RowLayout& layout, StageRow stage,
+        bool direct, int64_t row_scale, std::byte* scratch)
+      : cache_(cache),
+        slots_(cache, sequence),
+        layout_(layout),
+        stage_(stage),
+        direct_(direct),
+        row_scale_(row_scale),
+        scratch_(scratch) {}
 
-  // The tile of the tokens at `positions`, in that order, as if they stood at [begin, begin + count).
+  // The tile of the tokens at `positions`, in that order, as if they stood at [begin, begin +
+  // count).
   Tile gather(const int32_t* positions, int32_t begin, int32_t count) const {
-    return staged_tile(begin, begin + count, begin + count, [=](int32_t t) { return positions[t - begin]; });
+    return staged_tile(begin, begin + count, begin + count,
+                       [=](int32_t t) { return positions[t - begin]; });
   }
 
   // The tile of positions [begin, end); `next_end` bounds what may be prefetched.
   Tile operator()(int32_t begin, int32_t end, int32_t next_end) const {
     const bool whole = begin % kPage == 0 && end % kPage == 0;
-    return direct_ && whole ? direct_tile(begin, end, next_end) : staged_tile(begin, end, next_end, [](int32_t t) { return t; });
+    return direct_ && whole ? direct_tile(begin, end, next_end)
+                            : staged_tile(begin, end, next_end, [](int32_t t) { return t; });
   }
 
  private:
@@ -66,7 +78,8 @@ class Tiles {
     tile.key[0].scale = row_scale_;
     tile.key[1].scale = row_scale_ + 4;
     if (row_scale_ != 0) {
-      for (int32_t g = 0; g < groups + 2; ++g) tile.key[1].group[g] = tile.key[0].group[g] + layout_.latent;
+      for (int32_t g = 0; g < groups + 2; ++g)
+        tile.key[1].group[g] = tile.key[0].group[g] + layout_.latent;
       tile.key[1].stride = tile.key[0].stride;
       tile.key[1].scale -= layout_.latent;
     }
@@ -109,7 +122,8 @@ class Tiles {
 
   void prefetch_row(const RowAddress& row) const {
     prefetch_bytes(row.kv_c, cache_.kv_c.token_stride);
-    if (cache_.k_pe.data < cache_.kv_c.data || cache_.k_pe.data >= cache_.kv_c.data + cache_.kv_c.token_stride) {
+    if (cache_.k_pe.data < cache_.kv_c.data ||
+        cache_.k_pe.data >= cache_.kv_c.data + cache_.kv_c.token_stride) {
       prefetch_bytes(row.k_pe, cache_.k_pe.token_stride);
     }
   }
@@ -127,9 +141,9 @@ class Tiles {
   std::byte* scratch_;
 };
 
-// Whether rows of `stride` bytes spread over the L1 cache well enough to be read in place by `rows` query rows. Strides that
-// share a large power of two fall into few sets; rows that are not a whole number of cache lines split every load, which
-// pays only while few query rows use it.
+// Whether rows of `stride` bytes spread over the L1 cache well enough to be read in place by `rows`
+// query rows. Strides that share a large power of two fall into few sets; rows that are not a whole
+// number of cache lines split every load, which pays only while few query rows use it.
 [[maybe_unused]] inline bool spreads(int64_t stride, int32_t rows) {
   if (stride % kCacheLine != 0) return rows <= 32;
   int64_t lines = stride / kCacheLine, shared = 1;
@@ -140,8 +154,8 @@ class Tiles {
   return shared <= 2 || rows < 32;
 }
 
-// Whether tiles of whole pages can be read in place: the pages are neighbours in memory, every row is whole vectors and words
-// of the arithmetic, and the strides suit the cache.
+// Whether tiles of whole pages can be read in place: the pages are neighbours in memory, every row
+// is whole vectors and words of the arithmetic, and the strides suit the cache.
 template <class Simd, class Arithmetic>
 bool suits_direct(const CacheView& cache, int32_t sequence, const RowLayout& layout, int32_t rows) {
   return Slots(cache, sequence).whole_pages(kPage) && layout.value == layout.latent &&

@@ -1,4 +1,5 @@
-// value_scales.h: scales of V rows for the arithmetics that have them, on the way from tile to score() and soften().
+// value_scales.h: scales of V rows for the arithmetics that have them, on the way from tile to
+// score() and soften().
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -28,7 +29,8 @@ template <class Simd>
 void load_value_scales(const Tile& tile, int32_t page, const Scratch& s) {
   const std::byte* row = tile.value.group[page] + tile.value.scale;
   const int32_t begin = page * kPage, end = begin + kPage;
-  for (int32_t t = begin; t < end; ++t, row += tile.value.stride) __builtin_memcpy(s.value_log2 + t, row, 4);
+  for (int32_t t = begin; t < end; ++t, row += tile.value.stride)
+    __builtin_memcpy(s.value_log2 + t, row, 4);
   for (int32_t t = begin; t < end; t += Simd::kLanes) {
     // A row of zeros has scale 0 but counts in the sum: any tiny scale does, as its codes are 0.
     const auto scale = Simd::max(Simd::set(1e-30f), Simd::load(s.value_log2 + t));

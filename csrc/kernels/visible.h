@@ -1,4 +1,5 @@
-// visible.h: which keys a query row sees. The ops, the planner and the kernels share these few lines.
+// visible.h: which keys a query row sees. The ops, the planner and the kernels share these few
+// lines.
 #pragma once
 #include <cstdint>
 
@@ -9,9 +10,11 @@ namespace flashmla {
 namespace {
 
 // By length, causality (bottom-right aligned), left padding and window; masks narrow it further.
-[[maybe_unused]] inline KeyRange visible_to_token(const AttentionParams& p, int32_t sequence, int32_t token) {
+[[maybe_unused]] inline KeyRange visible_to_token(const AttentionParams& p, int32_t sequence,
+                                                  int32_t token) {
   const int32_t length = p.cache_seqlens[sequence];
-  const int64_t aligned = static_cast<int64_t>(length) - p.q_len + token + 1;  // one past the row's own key
+  const int64_t aligned =
+      static_cast<int64_t>(length) - p.q_len + token + 1;  // one past the row's own key
   int64_t begin = p.cache_leftpad ? p.cache_leftpad[sequence] : 0;
   int64_t end = p.causal ? aligned : length;
   if (end > length) end = length;

@@ -1,7 +1,9 @@
-// arithmetic/int16.h: words of two 16-bit codes, int32 accumulators; levels with a 16-bit pair product.
+// arithmetic/int16.h: words of two 16-bit codes, int32 accumulators; levels with a 16-bit pair
+// product.
 //
-// K and V rows are codes up to +-2047 with one f32 scale per segment; queries and probabilities take what is left of 31 bits.
-// As exact as the storage format, at half the rate of Int8: it serves levels without an 8-bit dot product.
+// K and V rows are codes up to +-2047 with one f32 scale per segment; queries and probabilities
+// take what is left of 31 bits. As exact as the storage format, at half the rate of Int8: it serves
+// levels without an 8-bit dot product.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -18,7 +20,7 @@ struct Int16 {
   static constexpr int kBytes = 2;
   static constexpr bool kScaled = true;
   static constexpr float kKeyMax = 2047.0f;
-  static constexpr float kProbabilityLog2 = 12.9998239f;  // log2(8191): 2047 * 8191 * 128 < 2^31
+  static constexpr float kProbabilityMax = 8191.0f;  // 2047 * 8191 * 128 < 2^31
 
   // Largest query code for a segment of `length` values: the sum must fit int32.
   static float query_max(int32_t length) {
@@ -28,7 +30,9 @@ struct Int16 {
   static int32_t query_start(const std::byte*, int32_t) { return 0; }
 
   static Acc dot_key(Acc sum, Word query, Word key) { return Simd::dot_s16(sum, query, key); }
-  static Acc dot_value(Acc sum, Word probability, Word value) { return Simd::dot_s16(sum, probability, value); }
+  static Acc dot_value(Acc sum, Word probability, Word value) {
+    return Simd::dot_s16(sum, probability, value);
+  }
 
   static void interleave(const std::byte* row, int64_t stride, Word out[2]) {
     Simd::interleave16(Simd::load_word(row), Simd::load_word(row + stride), out);
@@ -37,12 +41,14 @@ struct Int16 {
 
   // p: 0..8191.
   static Word pack_probabilities(const Float p[2]) {
-    return Simd::bit_or(Simd::round_to_word(p[0]), Simd::template shift_left<16>(Simd::round_to_word(p[1])));
+    return Simd::bit_or(Simd::round_to_word(p[0]),
+                        Simd::template shift_left<16>(Simd::round_to_word(p[1])));
   }
 
   // x: already scaled to +-query_max.
   static void store_query(std::byte* p, const Float x[2]) {
-    for (int i = 0; i < 2; ++i) Simd::store_s16(p + 2 * i * Simd::kLanes, Simd::round_to_word(x[i]));
+    for (int i = 0; i < 2; ++i)
+      Simd::store_s16(p + 2 * i * Simd::kLanes, Simd::round_to_word(x[i]));
   }
 };
 

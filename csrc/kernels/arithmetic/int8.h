@@ -1,8 +1,10 @@
-// arithmetic/int8.h: words of four 8-bit codes, int32 accumulators; levels with a u8 x s8 dot product.
+// arithmetic/int8.h: words of four 8-bit codes, int32 accumulators; levels with a u8 x s8 dot
+// product.
 //
-// K and V rows are codes biased by 128 with one f32 scale per segment (a q8_kv row); queries are signed codes with one scale
-// per (row, segment). The bias costs nothing: accumulators start at -128 * sum(query codes), and V is unbiased by one xor.
-// Sums fit int32: 255 * 127 * L for L <= 65536, 255 * 127 * 128 for V.
+// K and V rows are codes biased by 128 with one f32 scale per segment (a q8_kv row); queries are
+// signed codes with one scale per (row, segment). The bias costs nothing: accumulators start at
+// -128 * sum(query codes), and V is unbiased by one xor. Sums fit int32: 255 * 127 * L for L <=
+// 65536, 255 * 127 * 128 for V.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -19,7 +21,7 @@ struct Int8 {
   static constexpr int kBytes = 1;
   static constexpr bool kScaled = true;
   static constexpr float kKeyMax = 127.0f;
-  static constexpr float kProbabilityLog2 = 7.99435344f;  // log2(255): P is u8
+  static constexpr float kProbabilityMax = 255.0f;
 
   // Largest query code for a segment of `length` values.
   static float query_max(int32_t) { return 127.0f; }

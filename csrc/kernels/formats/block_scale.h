@@ -10,7 +10,8 @@ namespace {
 
 constexpr int kBlock = 32;
 
-// NaN if any value is not finite. Magnitudes are compared as integers, which order like floats and which compilers vectorise.
+// NaN if any value is not finite. Magnitudes are compared as integers, which order like floats and
+// which compilers vectorise.
 [[maybe_unused]] inline float absolute_maximum(const float* x, int count) {
   uint32_t most = 0;
   for (int i = 0; i < count; ++i) {
@@ -20,7 +21,8 @@ constexpr int kBlock = 32;
   return most < 0x7f800000 ? bits_float(most) : __builtin_nanf("");
 }
 
-// Nearest integer (ties to even) within [low, high]; 0 where there is nothing finite to scale (inverse 0).
+// Nearest integer (ties to even) within [low, high]; 0 where there is nothing finite to scale
+// (inverse 0).
 [[maybe_unused]] inline int32_t to_code(float x, float inverse, float low, float high) {
   float y = inverse > 0 ? x * inverse : 0;
   y = y < low ? low : y;
@@ -28,8 +30,9 @@ constexpr int kBlock = 32;
   return static_cast<int32_t>(__builtin_rintf(y));
 }
 
-// The stored scale of a block whose largest code is `code_max`: finite unless the block is not. Codes are computed from the
-// rounded scale, so that decoding divides by what encoding multiplied with.
+// The stored scale of a block whose largest code is `code_max`: finite unless the block is not.
+// Codes are computed from the rounded scale, so that decoding divides by what encoding multiplied
+// with.
 [[maybe_unused]] inline uint16_t block_scale(const float* x, float code_max) {
   const float scale = absolute_maximum(x, kBlock) / code_max;
   return float_to_f16(scale > 65504.0f ? 65504.0f : scale);
@@ -46,13 +49,16 @@ constexpr int kBlock = 32;
 
 [[maybe_unused]] inline void store_u16(std::byte* p, uint16_t x) { __builtin_memcpy(p, &x, 2); }
 
-// Codes with a scale per block -> codes of one scale for the segment, which is returned (NaN if a block is not finite). The
-// largest block scale times code_max becomes target_max. Calls recode(b, factors, lane) for every kStep-th block b: lane + i of
-// `factors` holds, in both halves, the scale of block b + i relative to the segment's, in units of 1 / unit.
+// Codes with a scale per block -> codes of one scale for the segment, which is returned (NaN if a
+// block is not finite). The largest block scale times code_max becomes target_max. Calls recode(b,
+// factors, lane) for every kStep-th block b: lane + i of `factors` holds, in both halves, the scale
+// of block b + i relative to the segment's, in units of 1 / unit.
 template <class Simd, int kStep, class Recode>
-float recode_blocks(const std::byte* scales, int32_t blocks, float code_max, float target_max, float unit, Recode recode) {
+float recode_blocks(const std::byte* scales, int32_t blocks, float code_max, float target_max,
+                    float unit, Recode recode) {
   auto load = [&](int32_t b) {
-    return blocks - b >= Simd::kLanes ? Simd::load_f16(scales + 2 * b) : Simd::load_f16(scales + 2 * b, blocks - b);
+    return blocks - b >= Simd::kLanes ? Simd::load_f16(scales + 2 * b)
+                                      : Simd::load_f16(scales + 2 * b, blocks - b);
   };
   auto most = Simd::zero();
   for (int32_t b = 0; b < blocks; b += Simd::kLanes) most = Simd::max(most, load(b));
@@ -61,7 +67,8 @@ float recode_blocks(const std::byte* scales, int32_t blocks, float code_max, flo
   bool finite = true;
   for (int32_t b0 = 0; b0 < blocks; b0 += Simd::kLanes) {
     const auto word = Simd::round_to_word(Simd::mul(load(b0), Simd::set(inverse)));
-    finite = finite && !Simd::any_negative(word);  // the factor of a block that is not finite is INT_MIN
+    finite =
+        finite && !Simd::any_negative(word);  // the factor of a block that is not finite is INT_MIN
     const auto factors = Simd::bit_or(word, Simd::template shift_left<16>(word));
     const int32_t lanes = blocks - b0 < Simd::kLanes ? blocks - b0 : Simd::kLanes;
     for (int32_t lane = 0; lane < lanes; lane += kStep) recode(b0 + lane, factors, lane);

@@ -77,14 +77,17 @@ struct FloatFormat {
 
   static void encode(const float* latent, int32_t l, const float* rope, int32_t r, std::byte* kv_c,
                      std::byte* k_pe) {
-    for (int32_t i = 0; i < l; ++i) reinterpret_cast<Storage*>(kv_c)[i] = Element::narrow(latent[i]);
+    for (int32_t i = 0; i < l; ++i)
+      reinterpret_cast<Storage*>(kv_c)[i] = Element::narrow(latent[i]);
     for (int32_t i = 0; i < r; ++i) reinterpret_cast<Storage*>(k_pe)[i] = Element::narrow(rope[i]);
   }
 
-  static void decode(const std::byte* kv_c, const std::byte* k_pe, int32_t l, int32_t r, float* latent,
-                     float* rope) {
-    for (int32_t i = 0; i < l; ++i) latent[i] = Element::widen(reinterpret_cast<const Storage*>(kv_c)[i]);
-    for (int32_t i = 0; i < r; ++i) rope[i] = Element::widen(reinterpret_cast<const Storage*>(k_pe)[i]);
+  static void decode(const std::byte* kv_c, const std::byte* k_pe, int32_t l, int32_t r,
+                     float* latent, float* rope) {
+    for (int32_t i = 0; i < l; ++i)
+      latent[i] = Element::widen(reinterpret_cast<const Storage*>(kv_c)[i]);
+    for (int32_t i = 0; i < r; ++i)
+      rope[i] = Element::widen(reinterpret_cast<const Storage*>(k_pe)[i]);
   }
 
   // Never coarser than the query: bf16 arithmetic only when both sides are bf16.
@@ -95,8 +98,8 @@ struct FloatFormat {
   }
 
   template <class Simd>
-  static void stage(F32<Simd>, const std::byte* kv_c, const std::byte* k_pe, const RowLayout& layout,
-                    std::byte* row) {
+  static void stage(F32<Simd>, const std::byte* kv_c, const std::byte* k_pe,
+                    const RowLayout& layout, std::byte* row) {
     widen_values<Simd, Element>(kv_c, layout.latent, layout.value, reinterpret_cast<float*>(row));
     widen_values<Simd, Element>(k_pe, layout.rope, layout.rope,
                                 reinterpret_cast<float*>(row + layout.rope_offset));
@@ -104,8 +107,8 @@ struct FloatFormat {
 
   template <class Simd>
     requires(kFormat == CacheFormat::kBf16)
-  static void stage(Bf16<Simd>, const std::byte* kv_c, const std::byte* k_pe, const RowLayout& layout,
-                    std::byte* row) {
+  static void stage(Bf16<Simd>, const std::byte* kv_c, const std::byte* k_pe,
+                    const RowLayout& layout, std::byte* row) {
     const int32_t latent = 2 * layout.latent, rope = 2 * layout.rope;
     __builtin_memcpy(row, kv_c, latent);
     __builtin_memset(row + latent, 0, layout.rope_offset - latent);

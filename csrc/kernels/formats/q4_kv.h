@@ -1,7 +1,9 @@
-// formats/q4_kv.h: a 4-bit latent beside an 8-bit rope part: [L / 2 nibbles | L / 32 fp16 scales | R int8 codes | f32 rope scale].
+// formats/q4_kv.h: a 4-bit latent beside an 8-bit rope part: [L / 2 nibbles | L / 32 fp16 scales |
+// R int8 codes | f32 rope scale].
 //
-// Latent codes index a codebook of 16 levels, one fp16 scale per 32 values. Block b has 16 bytes: value j in the low nibble of
-// byte j, value j + 16 in the high one. The rope part is what 4 bits would break, so it keeps 8.
+// Latent codes index a codebook of 16 levels, one fp16 scale per 32 values. Block b has 16 bytes:
+// value j in the low nibble of byte j, value j + 16 in the high one. The rope part is what 4 bits
+// would break, so it keeps 8.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -24,8 +26,10 @@ struct Q4Kv {
   static constexpr int kMultiple = kBlock;
   static constexpr ArithmeticId kNative = ArithmeticId::kNone;
 
-  // Lloyd-Max levels of Gaussian blocks (tools/fit_q4_codebook.py), in units of scale. Frozen: stored caches depend on them.
-  static constexpr int8_t kLevels[16] = {-127, -96, -74, -57, -42, -29, -17, -6, 6, 17, 29, 42, 57, 74, 96, 127};
+  // Lloyd-Max levels of Gaussian blocks (tools/fit_q4_codebook.py), in units of scale. Frozen:
+  // stored caches depend on them.
+  static constexpr int8_t kLevels[16] = {-127, -96, -74, -57, -42, -29, -17, -6,
+                                         6,    17,  29,  42,  57,  74,  96,  127};
 
   static int64_t row_bytes(int32_t latent, int32_t rope) {
     return static_cast<int64_t>(latent) / 2 + latent / kBlock * 2 + rope + 4;
@@ -41,7 +45,8 @@ struct Q4Kv {
     return {row, scales, rope, rope + r};
   }
 
-  // Levels below each value: with midpoint m[k] between levels k and k + 1, the number of k with x > m[k].
+  // Levels below each value: with midpoint m[k] between levels k and k + 1, the number of k with x
+  // > m[k].
   static void nearest(const float* x, float inverse, float* index, float* level) {
     for (int i = 0; i < kBlock; ++i) index[i] = 0, level[i] = kLevels[0];
     for (int k = 0; k < 15; ++k) {
@@ -64,10 +69,12 @@ struct Q4Kv {
         sums[j] += d * d;
       }
     }
-    return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+    return ((sums[0] + sums[4]) + (sums[2] + sums[6])) +
+           ((sums[1] + sums[5]) + (sums[3] + sums[7]));
   }
 
-  // Tries a few scales below absmax / 127 (clipping the largest value can serve the others) and keeps the least squared error.
+  // Tries a few scales below absmax / 127 (clipping the largest value can serve the others) and
+  // keeps the least squared error.
   static uint16_t encode_block(const float* x, float* best_index) {
     constexpr float kCandidates[] = {1.0f, 0.94f, 0.88f, 0.82f, 0.76f, 0.7f};
     const float most = absolute_maximum(x, kBlock);
@@ -82,7 +89,8 @@ struct Q4Kv {
       float index[kBlock], level[kBlock];
       nearest(x, inverse_scale(scale), index, level);
       const float error = squared_error(x, scale, level);
-      if (!(error < least) && candidate != kCandidates[0]) continue;  // the first stands when errors overflow
+      if (!(error < least) && candidate != kCandidates[0])
+        continue;  // the first stands when errors overflow
       least = error;
       best = stored;
       for (int i = 0; i < kBlock; ++i) best_index[i] = index[i];
@@ -90,25 +98,30 @@ struct Q4Kv {
     return best;
   }
 
-  static void encode(const float* latent, int32_t l, const float* rope, int32_t r, std::byte* row, std::byte*) {
+  static void encode(const float* latent, int32_t l, const float* rope, int32_t r, std::byte* row,
+                     std::byte*) {
     const Planes to = planes(row, l, r);
     for (int32_t b = 0; b < l / kBlock; ++b) {
       float index[kBlock];
-      store_u16(const_cast<std::byte*>(to.scales) + 2 * b, encode_block(latent + b * kBlock, index));
+      store_u16(const_cast<std::byte*>(to.scales) + 2 * b,
+                encode_block(latent + b * kBlock, index));
       for (int j = 0; j < 16; ++j) {
-        row[b * 16 + j] = static_cast<std::byte>(static_cast<int>(index[j]) | static_cast<int>(index[j + 16]) << 4);
+        row[b * 16 + j] = static_cast<std::byte>(static_cast<int>(index[j]) |
+                                                 static_cast<int>(index[j + 16]) << 4);
       }
     }
     const float most = absolute_maximum(rope, r);
     const float inverse = most > 1e-30f ? 127.0f / most : 0.0f;
     const float scale = most > 1e-30f ? most / 127.0f : most == most ? 0.0f : most;
     for (int32_t i = 0; i < r; ++i) {
-      const_cast<std::byte&>(to.rope[i]) = static_cast<std::byte>(to_code(rope[i], inverse, -127, 127));
+      const_cast<std::byte&>(to.rope[i]) =
+          static_cast<std::byte>(to_code(rope[i], inverse, -127, 127));
     }
     __builtin_memcpy(const_cast<std::byte*>(to.rope_scale), &scale, 4);
   }
 
-  static void decode(const std::byte* row, const std::byte*, int32_t l, int32_t r, float* latent, float* rope) {
+  static void decode(const std::byte* row, const std::byte*, int32_t l, int32_t r, float* latent,
+                     float* rope) {
     const Planes from = planes(row, l, r);
     for (int32_t i = 0; i < l; ++i) {
       const int32_t b = i / kBlock, j = i % kBlock;
@@ -117,23 +130,29 @@ struct Q4Kv {
     }
     float scale;
     __builtin_memcpy(&scale, from.rope_scale, 4);
-    for (int32_t i = 0; i < r; ++i) rope[i] = static_cast<float>(static_cast<int8_t>(from.rope[i])) * scale;
+    for (int32_t i = 0; i < r; ++i)
+      rope[i] = static_cast<float>(static_cast<int8_t>(from.rope[i])) * scale;
   }
 
   template <class Simd>
   static constexpr ArithmeticId arithmetic(ScalarType) {
-    return Simd::kInt8Dot ? ArithmeticId::kInt8 : Simd::kInt16Dot ? ArithmeticId::kInt16 : ArithmeticId::kF32;
+    return Simd::kInt8Dot    ? ArithmeticId::kInt8
+           : Simd::kInt16Dot ? ArithmeticId::kInt16
+                             : ArithmeticId::kF32;
   }
 
   template <class Simd>
-  static void stage(F32<Simd>, const std::byte* codes, const std::byte*, const RowLayout& layout, std::byte* row) {
+  static void stage(F32<Simd>, const std::byte* codes, const std::byte*, const RowLayout& layout,
+                    std::byte* row) {
     auto* latent = reinterpret_cast<float*>(row);
-    decode(codes, nullptr, layout.latent, layout.rope, latent, reinterpret_cast<float*>(row + layout.rope_offset));
+    decode(codes, nullptr, layout.latent, layout.rope, latent,
+           reinterpret_cast<float*>(row + layout.rope_offset));
     for (int32_t i = layout.latent; i < layout.value; ++i) latent[i] = 0;
   }
 
   template <class Simd>
-  static void stage(Int8<Simd>, const std::byte* codes, const std::byte*, const RowLayout& layout, std::byte* row) {
+  static void stage(Int8<Simd>, const std::byte* codes, const std::byte*, const RowLayout& layout,
+                    std::byte* row) {
     using Word = typename Simd::Word;
     const auto bias = Simd::set_word(static_cast<int32_t>(0x80808080u));
     const Planes from = planes(codes, layout.latent, layout.rope);
@@ -141,25 +160,30 @@ struct Q4Kv {
     const float scale = recode_blocks<Simd, Simd::kBytes / kBlock>(
         from.scales, blocks, 127, Int8<Simd>::kKeyMax, 128, [&](int32_t b, Word factors, int lane) {
           const auto level = levels<Simd>(from.nibbles, b, blocks);
-          Simd::store_word(row + b * kBlock, Simd::bit_xor(Simd::rescale8(level, 0, factors, lane), bias));
+          Simd::store_word(row + b * kBlock,
+                           Simd::bit_xor(Simd::rescale8(level, 0, factors, lane), bias));
         });
-    for (int32_t i = 0; i < layout.rope; ++i) row[layout.rope_offset + i] = from.rope[i] ^ std::byte{0x80};
+    for (int32_t i = 0; i < layout.rope; ++i)
+      row[layout.rope_offset + i] = from.rope[i] ^ std::byte{0x80};
     store_scales(scale, from.rope_scale, layout, row);
   }
 
   template <class Simd>
-  static void stage(Int16<Simd>, const std::byte* codes, const std::byte*, const RowLayout& layout, std::byte* row) {
+  static void stage(Int16<Simd>, const std::byte* codes, const std::byte*, const RowLayout& layout,
+                    std::byte* row) {
     using Word = typename Simd::Word;
     constexpr int kWide = 2 * Simd::kLanes;
     const Planes from = planes(codes, layout.latent, layout.rope);
     const int32_t blocks = layout.latent / kBlock;
     const float scale = recode_blocks<Simd, Simd::kBytes / kBlock>(
-        from.scales, blocks, 127, Int16<Simd>::kKeyMax, 128, [&](int32_t b, Word factors, int lane) {
+        from.scales, blocks, 127, Int16<Simd>::kKeyMax, 128,
+        [&](int32_t b, Word factors, int lane) {
           alignas(64) std::byte level[Simd::kBytes];
           Simd::store_word(level, levels<Simd>(from.nibbles, b, blocks));
           for (int i = 0; i < Simd::kBytes; i += kWide) {
             const auto code = Simd::widen8(level + i, 0);
-            Simd::store_word(row + 2 * (b * kBlock + i), Simd::template rescale16<8>(code, factors, lane + i / kBlock));
+            Simd::store_word(row + 2 * (b * kBlock + i),
+                             Simd::template rescale16<8>(code, factors, lane + i / kBlock));
           }
         });
     for (int32_t i = 0; i < layout.rope; i += kWide) {
@@ -169,7 +193,8 @@ struct Q4Kv {
   }
 
  private:
-  static void store_scales(float latent, const std::byte* rope, const RowLayout& layout, std::byte* row) {
+  static void store_scales(float latent, const std::byte* rope, const RowLayout& layout,
+                           std::byte* row) {
     __builtin_memcpy(row + layout.scale_offset, &latent, 4);
     __builtin_memcpy(row + layout.scale_offset + 4, rope, 4);
   }

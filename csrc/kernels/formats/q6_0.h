@@ -1,7 +1,9 @@
-// formats/q6_0.h: 6-bit codes with one fp16 scale per 32 values: [nibbles | high bits | scales], each plane contiguous.
+// formats/q6_0.h: 6-bit codes with one fp16 scale per 32 values: [nibbles | high bits | scales],
+// each plane contiguous.
 //
-// code = u - 32 with u in 0..63. Block b has 16 bytes of nibbles (u[j] low, u[j + 16] high) and 8 bytes of high bits, byte k
-// holding the upper two bits of u[k], u[k + 8], u[k + 16], u[k + 24] from bit 0 up.
+// code = u - 32 with u in 0..63. Block b has 16 bytes of nibbles (u[j] low, u[j + 16] high) and 8
+// bytes of high bits, byte k holding the upper two bits of u[k], u[k + 8], u[k + 16], u[k + 24]
+// from bit 0 up.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -37,7 +39,8 @@ struct Q6_0 {
     return {row + 16 * block, row + d / 2 + 8 * block, row + d / 2 + d / 4 + 2 * block};
   }
 
-  static void encode_blocks(const float* x, int32_t count, std::byte* row, int32_t d, int32_t first_block) {
+  static void encode_blocks(const float* x, int32_t count, std::byte* row, int32_t d,
+                            int32_t first_block) {
     for (int32_t b = 0; b < count / kBlock; ++b) {
       const float* v = x + b * kBlock;
       const uint16_t scale = block_scale(v, 31.0f);
@@ -48,7 +51,8 @@ struct Q6_0 {
       }
       const Planes to = planes(row, d, first_block + b);
       for (int j = 0; j < 16; ++j) {
-        const_cast<std::byte&>(to.nibbles[j]) = static_cast<std::byte>((u[j] & 15) | (u[j + 16] & 15) << 4);
+        const_cast<std::byte&>(to.nibbles[j]) =
+            static_cast<std::byte>((u[j] & 15) | (u[j + 16] & 15) << 4);
       }
       for (int k = 0; k < 8; ++k) {
         const_cast<std::byte&>(to.high[k]) = static_cast<std::byte>(
@@ -58,12 +62,14 @@ struct Q6_0 {
     }
   }
 
-  static void encode(const float* latent, int32_t l, const float* rope, int32_t r, std::byte* row, std::byte*) {
+  static void encode(const float* latent, int32_t l, const float* rope, int32_t r, std::byte* row,
+                     std::byte*) {
     encode_blocks(latent, l, row, l + r, 0);
     encode_blocks(rope, r, row, l + r, l / kBlock);
   }
 
-  static void decode_blocks(const std::byte* row, int32_t d, int32_t first_block, int32_t count, float* x) {
+  static void decode_blocks(const std::byte* row, int32_t d, int32_t first_block, int32_t count,
+                            float* x) {
     for (int32_t b = 0; b < count / kBlock; ++b) {
       const Planes from = planes(row, d, first_block + b);
       const float scale = f16_to_float(load_u16(from.scales));
@@ -75,18 +81,22 @@ struct Q6_0 {
     }
   }
 
-  static void decode(const std::byte* row, const std::byte*, int32_t l, int32_t r, float* latent, float* rope) {
+  static void decode(const std::byte* row, const std::byte*, int32_t l, int32_t r, float* latent,
+                     float* rope) {
     decode_blocks(row, l + r, 0, l, latent);
     decode_blocks(row, l + r, l / kBlock, r, rope);
   }
 
   template <class Simd>
   static constexpr ArithmeticId arithmetic(ScalarType) {
-    return Simd::kInt8Dot ? ArithmeticId::kInt8 : Simd::kInt16Dot ? ArithmeticId::kInt16 : ArithmeticId::kF32;
+    return Simd::kInt8Dot    ? ArithmeticId::kInt8
+           : Simd::kInt16Dot ? ArithmeticId::kInt16
+                             : ArithmeticId::kF32;
   }
 
   template <class Simd>
-  static void stage(F32<Simd>, const std::byte* codes, const std::byte*, const RowLayout& layout, std::byte* row) {
+  static void stage(F32<Simd>, const std::byte* codes, const std::byte*, const RowLayout& layout,
+                    std::byte* row) {
     const int32_t d = layout.latent + layout.rope;
     auto* latent = reinterpret_cast<float*>(row);
     auto* rope = reinterpret_cast<float*>(row + layout.rope_offset);
@@ -99,17 +109,21 @@ struct Q6_0 {
     for (int32_t i = layout.latent; i < layout.value; ++i) latent[i] = 0;
   }
 
-  // Block scales become one scale per segment; codes move from +-32 to the whole range of the arithmetic.
+  // Block scales become one scale per segment; codes move from +-32 to the whole range of the
+  // arithmetic.
   template <class Arithmetic>
-  static void stage(Arithmetic, const std::byte* codes, const std::byte*, const RowLayout& layout, std::byte* row) {
+  static void stage(Arithmetic, const std::byte* codes, const std::byte*, const RowLayout& layout,
+                    std::byte* row) {
     const int32_t d = layout.latent + layout.rope, blocks = layout.latent / kBlock;
-    const float scales[2] = {recode(Arithmetic{}, codes, d, 0, blocks, row),
-                             recode(Arithmetic{}, codes, d, blocks, layout.rope / kBlock, row + layout.rope_offset)};
+    const float scales[2] = {
+        recode(Arithmetic{}, codes, d, 0, blocks, row),
+        recode(Arithmetic{}, codes, d, blocks, layout.rope / kBlock, row + layout.rope_offset)};
     __builtin_memcpy(row + layout.scale_offset, scales, 8);
   }
 
  private:
-  // Unpacks the blocks of one vector from block b on. Where fewer are left before `end`, the rest is 0.
+  // Unpacks the blocks of one vector from block b on. Where fewer are left before `end`, the rest
+  // is 0.
   template <class Simd>
   static typename Simd::Word unpack(const std::byte* codes, int32_t d, int32_t b, int32_t end) {
     constexpr int kBlocks = Simd::kBytes / kBlock;
@@ -138,27 +152,33 @@ struct Q6_0 {
   }
 
   template <class Simd>
-  static float recode(Int8<Simd>, const std::byte* codes, int32_t d, int32_t first, int32_t blocks, std::byte* to) {
+  static float recode(Int8<Simd>, const std::byte* codes, int32_t d, int32_t first, int32_t blocks,
+                      std::byte* to) {
     using Word = typename Simd::Word;
     const auto bias = Simd::set_word(static_cast<int32_t>(0x80808080u));
     return recode_blocks<Simd, Simd::kBytes / kBlock>(
-        planes(codes, d, first).scales, blocks, 32, Int8<Simd>::kKeyMax, 128, [&](int32_t b, Word factors, int lane) {
+        planes(codes, d, first).scales, blocks, 32, Int8<Simd>::kKeyMax, 128,
+        [&](int32_t b, Word factors, int lane) {
           const auto u = unpack<Simd>(codes, d, first + b, first + blocks);
-          Simd::store_word(to + b * kBlock, Simd::bit_xor(Simd::rescale8(u, 32, factors, lane), bias));
+          Simd::store_word(to + b * kBlock,
+                           Simd::bit_xor(Simd::rescale8(u, 32, factors, lane), bias));
         });
   }
 
   template <class Simd>
-  static float recode(Int16<Simd>, const std::byte* codes, int32_t d, int32_t first, int32_t blocks, std::byte* to) {
+  static float recode(Int16<Simd>, const std::byte* codes, int32_t d, int32_t first, int32_t blocks,
+                      std::byte* to) {
     using Word = typename Simd::Word;
     constexpr int kStep = Simd::kBytes / kBlock, kWide = 2 * Simd::kLanes;
     return recode_blocks<Simd, kStep>(
-        planes(codes, d, first).scales, blocks, 32, Int16<Simd>::kKeyMax, 32, [&](int32_t b, Word factors, int lane) {
+        planes(codes, d, first).scales, blocks, 32, Int16<Simd>::kKeyMax, 32,
+        [&](int32_t b, Word factors, int lane) {
           alignas(64) std::byte u[Simd::kBytes];
           Simd::store_word(u, unpack<Simd>(codes, d, first + b, first + blocks));
           for (int i = 0; i < Simd::kBytes; i += kWide) {
             const auto code = Simd::sub16(Simd::widen8(u + i, 0), 32);
-            Simd::store_word(to + 2 * (b * kBlock + i), Simd::template rescale16<10>(code, factors, lane + i / kBlock));
+            Simd::store_word(to + 2 * (b * kBlock + i),
+                             Simd::template rescale16<10>(code, factors, lane + i / kBlock));
           }
         });
   }

@@ -37,19 +37,23 @@ struct Q8_0 {
     }
   }
 
-  static void encode(const float* latent, int32_t l, const float* rope, int32_t r, std::byte* row, std::byte*) {
+  static void encode(const float* latent, int32_t l, const float* rope, int32_t r, std::byte* row,
+                     std::byte*) {
     std::byte* scales = row + l + r;
     encode_blocks(latent, l, row, scales);
     encode_blocks(rope, r, row + l, scales + l / kBlock * 2);
   }
 
-  static void decode_blocks(const std::byte* codes, const std::byte* scales, int32_t count, float* x) {
+  static void decode_blocks(const std::byte* codes, const std::byte* scales, int32_t count,
+                            float* x) {
     for (int32_t i = 0; i < count; ++i) {
-      x[i] = static_cast<float>(static_cast<int8_t>(codes[i])) * f16_to_float(load_u16(scales + i / kBlock * 2));
+      x[i] = static_cast<float>(static_cast<int8_t>(codes[i])) *
+             f16_to_float(load_u16(scales + i / kBlock * 2));
     }
   }
 
-  static void decode(const std::byte* row, const std::byte*, int32_t l, int32_t r, float* latent, float* rope) {
+  static void decode(const std::byte* row, const std::byte*, int32_t l, int32_t r, float* latent,
+                     float* rope) {
     const std::byte* scales = row + l + r;
     decode_blocks(row, scales, l, latent);
     decode_blocks(row + l, scales + l / kBlock * 2, r, rope);
@@ -65,7 +69,8 @@ struct Q8_0 {
   // Float arithmetics take the same values: code * scale, stored as their elements are.
   template <class Arithmetic>
     requires(!Arithmetic::kScaled)
-  static void stage(Arithmetic, const std::byte* codes, const std::byte*, const RowLayout& layout, std::byte* row) {
+  static void stage(Arithmetic, const std::byte* codes, const std::byte*, const RowLayout& layout,
+                    std::byte* row) {
     const std::byte* scales = codes + layout.latent + layout.rope;
     widen<Arithmetic>(codes, scales, layout.latent, row);
     __builtin_memset(row + layout.latent * Arithmetic::kBytes, 0,
@@ -76,22 +81,27 @@ struct Q8_0 {
 
   // Block scales become one scale per segment.
   template <class Simd>
-  static void stage(Int16<Simd>, const std::byte* codes, const std::byte*, const RowLayout& layout, std::byte* row) {
+  static void stage(Int16<Simd>, const std::byte* codes, const std::byte*, const RowLayout& layout,
+                    std::byte* row) {
     const std::byte* scales = codes + layout.latent + layout.rope;
-    const float to_scales[2] = {recode<Simd>(codes, scales, layout.latent, row),
-                                recode<Simd>(codes + layout.latent, scales + layout.latent / kBlock * 2, layout.rope,
-                                             row + layout.rope_offset)};
+    const float to_scales[2] = {
+        recode<Simd>(codes, scales, layout.latent, row),
+        recode<Simd>(codes + layout.latent, scales + layout.latent / kBlock * 2, layout.rope,
+                     row + layout.rope_offset)};
     __builtin_memcpy(row + layout.scale_offset, to_scales, 8);
   }
 
  private:
   template <class Simd>
-  static float recode(const std::byte* codes, const std::byte* scales, int32_t count, std::byte* to) {
+  static float recode(const std::byte* codes, const std::byte* scales, int32_t count,
+                      std::byte* to) {
     using Word = typename Simd::Word;
     return recode_blocks<Simd, 1>(
-        scales, count / kBlock, 127, Int16<Simd>::kKeyMax, 128, [&](int32_t b, Word factors, int lane) {
+        scales, count / kBlock, 127, Int16<Simd>::kKeyMax, 128,
+        [&](int32_t b, Word factors, int lane) {
           for (int i = b * kBlock; i < (b + 1) * kBlock; i += 2 * Simd::kLanes) {
-            Simd::store_word(to + 2 * i, Simd::template rescale16<8>(Simd::widen8(codes + i, 0), factors, lane));
+            Simd::store_word(
+                to + 2 * i, Simd::template rescale16<8>(Simd::widen8(codes + i, 0), factors, lane));
           }
         });
   }
@@ -108,7 +118,8 @@ struct Q8_0 {
     for (int32_t b0 = 0; b0 < blocks; b0 += Simd::kLanes) {
       const int32_t n = blocks - b0 < Simd::kLanes ? blocks - b0 : Simd::kLanes;
       float scale[Simd::kLanes];
-      Simd::store(scale, n == Simd::kLanes ? Simd::load_f16(scales + 2 * b0) : Simd::load_f16(scales + 2 * b0, n));
+      Simd::store(scale, n == Simd::kLanes ? Simd::load_f16(scales + 2 * b0)
+                                           : Simd::load_f16(scales + 2 * b0, n));
       for (int32_t b = 0; b < n; ++b) {
         const auto s = Simd::set(scale[b]);
         const int32_t at = (b0 + b) * kBlock;

@@ -1,6 +1,7 @@
 // isa/avx2.cpp: the kernels of one level, compiled with that level's flags.
-#include "kernels/level.h"
 #include "kernels/simd/avx2.h"
+
+#include "kernels/level.h"
 
 namespace flashmla {
 

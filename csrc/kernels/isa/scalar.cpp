@@ -1,6 +1,7 @@
 // isa/scalar.cpp: the kernels of one level, compiled with that level's flags.
-#include "kernels/level.h"
 #include "kernels/simd/scalar.h"
+
+#include "kernels/level.h"
 
 namespace flashmla {
 

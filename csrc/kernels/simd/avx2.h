@@ -1,4 +1,5 @@
-// simd/avx2.h: the vector vocabulary on AVX2 with FMA and F16C: 8 lanes of 32 bits. The verbs are explained in simd/concept.h.
+// simd/avx2.h: the vector vocabulary on AVX2 with FMA and F16C: 8 lanes of 32 bits. The verbs are
+// explained in simd/concept.h.
 #pragma once
 #include <immintrin.h>
 
@@ -24,7 +25,9 @@ struct Avx2 {
   static void store(float* p, Float x) { _mm256_storeu_ps(p, x); }
   static Word zero_word() { return _mm256_setzero_si256(); }
   static Word set_word(int32_t x) { return _mm256_set1_epi32(x); }
-  static Word load_word(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static Word load_word(const void* p) {
+    return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+  }
   static void store_word(void* p, Word x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
   static Word broadcast_word(const void* p) {
     int32_t x;
@@ -75,7 +78,8 @@ struct Avx2 {
 
   static Float select_in_range(int32_t t, Word first, Word limit, Float a, Float b) {
     const Word at = _mm256_set1_epi32(t);
-    const Word in = _mm256_andnot_si256(_mm256_cmpgt_epi32(first, at), _mm256_cmpgt_epi32(limit, at));
+    const Word in =
+        _mm256_andnot_si256(_mm256_cmpgt_epi32(first, at), _mm256_cmpgt_epi32(limit, at));
     return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(in));
   }
   static Float select_minus_infinity(Float x, Float a, Float b) {
@@ -89,7 +93,9 @@ struct Avx2 {
     return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23)));
   }
 
-  static Word dot_s16(Word sum, Word a, Word b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+  static Word dot_s16(Word sum, Word a, Word b) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+  }
 
   static void interleave16(Word a, Word b, Word out[2]) {
     out[0] = _mm256_unpacklo_epi16(a, b);
@@ -109,8 +115,10 @@ struct Avx2 {
     v[0] = a;
   }
   static void restore8(Float v[4]) {
-    const Float a = _mm256_permute2f128_ps(v[0], v[1], 0x20), b = _mm256_permute2f128_ps(v[2], v[3], 0x20);
-    const Float c = _mm256_permute2f128_ps(v[0], v[1], 0x31), d = _mm256_permute2f128_ps(v[2], v[3], 0x31);
+    const Float a = _mm256_permute2f128_ps(v[0], v[1], 0x20),
+                b = _mm256_permute2f128_ps(v[2], v[3], 0x20);
+    const Float c = _mm256_permute2f128_ps(v[0], v[1], 0x31),
+                d = _mm256_permute2f128_ps(v[2], v[3], 0x31);
     v[0] = a;
     v[1] = b;
     v[2] = c;
@@ -142,20 +150,24 @@ struct Avx2 {
   static Float load_f16(const void* p) { return _mm256_cvtph_ps(load128(p)); }
   static Float load_f16(const void* p, int count) {
     alignas(16) uint16_t part[8] = {};
-    for (int i = 0; i < count; ++i) __builtin_memcpy(part + i, static_cast<const char*>(p) + 2 * i, 2);
+    for (int i = 0; i < count; ++i)
+      __builtin_memcpy(part + i, static_cast<const char*>(p) + 2 * i, 2);
     return load_f16(part);
   }
   static Float load_s8(const void* p) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
+    return _mm256_cvtepi32_ps(
+        _mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
   }
   static Float load_u8(const void* p) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
+    return _mm256_cvtepi32_ps(
+        _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
   }
   static void store_bf16(void* p, Float x) {
     const Word w = _mm256_castps_si256(x);
     const Word odd = _mm256_and_si256(_mm256_srli_epi32(w, 16), _mm256_set1_epi32(1));
     Word r = _mm256_add_epi32(w, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-    r = _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc00000), as_word(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+    r = _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc00000),
+                           as_word(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
     r = _mm256_srli_epi32(r, 16);
     r = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);
     _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_castsi256_si128(r));
@@ -177,17 +189,21 @@ struct Avx2 {
   static Word widen8(const void* p, int flip) {
     return _mm256_cvtepi8_epi16(_mm_xor_si128(load128(p), _mm_set1_epi8(static_cast<char>(flip))));
   }
-  static Word sub16(Word x, int bias) { return _mm256_sub_epi16(x, _mm256_set1_epi16(static_cast<short>(bias))); }
+  static Word sub16(Word x, int bias) {
+    return _mm256_sub_epi16(x, _mm256_set1_epi16(static_cast<short>(bias)));
+  }
   template <int kShift>
   static Word rescale16(Word codes, Word factors, int lane) {
-    return _mm256_mulhrs_epi16(_mm256_slli_epi16(codes, kShift), _mm256_permutevar8x32_epi32(factors, set_word(lane)));
+    return _mm256_mulhrs_epi16(_mm256_slli_epi16(codes, kShift),
+                               _mm256_permutevar8x32_epi32(factors, set_word(lane)));
   }
 
   // 32 (4 * kLanes) packed codes: one block of 32.
   static constexpr int kBytes = 32;
   static Word unpack4(const std::byte* nibbles) {
     const Word n = _mm256_broadcastsi128_si256(load128(nibbles));
-    return _mm256_and_si256(_mm256_srlv_epi64(n, _mm256_set_epi64x(4, 4, 0, 0)), _mm256_set1_epi8(15));
+    return _mm256_and_si256(_mm256_srlv_epi64(n, _mm256_set_epi64x(4, 4, 0, 0)),
+                            _mm256_set1_epi8(15));
   }
   static Word unpack6(const std::byte* nibbles, const std::byte* high) {
     int64_t bits;

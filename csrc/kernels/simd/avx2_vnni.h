@@ -10,7 +10,8 @@ struct Avx2Vnni : Avx2 {
 
   static Word dot_u8s8(Word sum, Word u8, Word s8) {
 #ifdef FLASHMLA_AVX2_VNNI_EVEX
-    // The same instruction in its AVX-512VL encoding: tests of this level on machines that lack the VEX form.
+    // The same instruction in its AVX-512VL encoding: tests of this level on machines that lack the
+    // VEX form.
     asm("%{evex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(u8), "x"(s8));
 #else
     asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(u8), "x"(s8));

@@ -1,6 +1,7 @@
 // simd/avx512.h: the vector vocabulary on AVX-512 (F, BW, DQ, VL) with VNNI: 16 lanes of 32 bits.
 //
-// Every simd/*.h defines the same verbs (simd/concept.h lists and explains them); the algorithms name only these.
+// Every simd/*.h defines the same verbs (simd/concept.h lists and explains them); the algorithms
+// name only these.
 #pragma once
 #include <immintrin.h>
 
@@ -51,7 +52,9 @@ struct Avx512 {
 
   // x = mantissa * 2^exponent, mantissa in [1, 2), for positive normal x.
   static Float exponent(Float x) { return _mm512_getexp_ps(x); }
-  static Float mantissa(Float x) { return _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src); }
+  static Float mantissa(Float x) {
+    return _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
+  }
 
   // Words.
   static Float to_float(Word x) { return _mm512_cvtepi32_ps(x); }
@@ -114,8 +117,10 @@ struct Avx512 {
     v[0] = a;
   }
   static void restore8(Float v[4]) {
-    const Float a = _mm512_shuffle_f32x4(v[0], v[1], 0x44), b = _mm512_shuffle_f32x4(v[0], v[1], 0xee);
-    const Float c = _mm512_shuffle_f32x4(v[2], v[3], 0x44), d = _mm512_shuffle_f32x4(v[2], v[3], 0xee);
+    const Float a = _mm512_shuffle_f32x4(v[0], v[1], 0x44),
+                b = _mm512_shuffle_f32x4(v[0], v[1], 0xee);
+    const Float c = _mm512_shuffle_f32x4(v[2], v[3], 0x44),
+                d = _mm512_shuffle_f32x4(v[2], v[3], 0xee);
     v[0] = _mm512_shuffle_f32x4(a, c, 0x88);
     v[1] = _mm512_shuffle_f32x4(a, c, 0xdd);
     v[2] = _mm512_shuffle_f32x4(b, d, 0x88);
@@ -149,20 +154,24 @@ struct Avx512 {
     }
   }
 
-  // kLanes values of a storage type. The `count` forms touch only the first count (< kLanes) elements.
+  // kLanes values of a storage type. The `count` forms touch only the first count (< kLanes)
+  // elements.
   static Float load_bf16(const void* p) { return widen_bf16(load256(p)); }
   static Float load_f16(const void* p) { return _mm512_cvtph_ps(load256(p)); }
   static Float load_f16(const void* p, int count) {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p));
   }
   static Float load_s8(const void* p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+    return _mm512_cvtepi32_ps(
+        _mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
   }
   static Float load_u8(const void* p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+    return _mm512_cvtepi32_ps(
+        _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
   }
   static void store_bf16(void* p, Float x) {
-    _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bf16(x), 16)));
+    _mm256_storeu_si256(static_cast<__m256i*>(p),
+                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bf16(x), 16)));
   }
   static void store_f16(void* p, Float x) {
     _mm256_storeu_si256(static_cast<__m256i*>(p),
@@ -177,14 +186,19 @@ struct Avx512 {
     _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(x));
   }
 
-  // 2 * kLanes codes as int16: bytes, flipped by xor, sign extended. Then (code << kShift) * factor / 2^15, rounded.
+  // 2 * kLanes codes as int16: bytes, flipped by xor, sign extended. Then (code << kShift) * factor
+  // / 2^15, rounded.
   static Word widen8(const void* p, int flip) {
-    return _mm512_cvtepi8_epi16(_mm256_xor_si256(load256(p), _mm256_set1_epi8(static_cast<char>(flip))));
+    return _mm512_cvtepi8_epi16(
+        _mm256_xor_si256(load256(p), _mm256_set1_epi8(static_cast<char>(flip))));
   }
-  static Word sub16(Word x, int bias) { return _mm512_sub_epi16(x, _mm512_set1_epi16(static_cast<short>(bias))); }
+  static Word sub16(Word x, int bias) {
+    return _mm512_sub_epi16(x, _mm512_set1_epi16(static_cast<short>(bias)));
+  }
   template <int kShift>
   static Word rescale16(Word codes, Word factors, int lane) {
-    return _mm512_mulhrs_epi16(_mm512_slli_epi16(codes, kShift), _mm512_permutexvar_epi32(set_word(lane), factors));
+    return _mm512_mulhrs_epi16(_mm512_slli_epi16(codes, kShift),
+                               _mm512_permutexvar_epi32(set_word(lane), factors));
   }
 
   // 64 (4 * kLanes) packed codes: two blocks of 32.
@@ -199,7 +213,8 @@ struct Avx512 {
   // Six-bit codes (0..63): nibbles and 8 bytes of high bits per block.
   static Word unpack6(const std::byte* nibbles, const std::byte* high) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(high));
-    __m512i h = _mm512_permutexvar_epi64(_mm512_set_epi64(1, 1, 1, 1, 0, 0, 0, 0), _mm512_castsi128_si512(bits));
+    __m512i h = _mm512_permutexvar_epi64(_mm512_set_epi64(1, 1, 1, 1, 0, 0, 0, 0),
+                                         _mm512_castsi128_si512(bits));
     h = _mm512_srlv_epi64(h, _mm512_set_epi64(6, 4, 2, 0, 6, 4, 2, 0));
     h = _mm512_slli_epi16(_mm512_and_si512(h, _mm512_set1_epi8(3)), 4);
     return _mm512_or_si512(unpack4(nibbles), h);
@@ -209,7 +224,8 @@ struct Avx512 {
     const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(entries), unpack4(nibbles));
   }
-  // (code - bias) * factor / 128, rounded, as int8; lanes `lane` and `lane + 1` of factors (< 4 * 128) for the two blocks.
+  // (code - bias) * factor / 128, rounded, as int8; lanes `lane` and `lane + 1` of factors (< 4 *
+  // 128) for the two blocks.
   static Word rescale8(Word codes, int bias, Word factors, int lane) {
     const __m512i s = _mm512_sub_epi8(codes, _mm512_set1_epi8(static_cast<char>(bias)));
     const Word blocks = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
@@ -222,7 +238,9 @@ struct Avx512 {
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
  private:
-  static __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static __m256i load256(const void* p) {
+    return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+  }
   static Float widen_bf16(__m256i x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
   }

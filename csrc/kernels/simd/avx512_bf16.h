@@ -14,8 +14,9 @@ struct Avx512Bf16 : Avx512 {
   // Words of (low, high) bf16 pairs, lane by lane.
   static Word pair_bf16(Float low, Float high) {
     const Word both = reinterpret_cast<Word>(_mm512_cvtne2ps_pbh(high, low));
-    const Word order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
-                                        23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const Word order =
+        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                         23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_permutexvar_epi16(order, both);
   }
   static void store_bf16(void* p, Float x) {

@@ -1,20 +1,22 @@
-// simd/concept.h: the vector vocabulary that every instruction set defines, and what each verb means.
+// simd/concept.h: the vector vocabulary that every instruction set defines, and what each verb
+// means.
 //
 //   Float, Word           vectors of kLanes f32 / 32-bit words
 //   max(a, b)             b when either is NaN
-//   select_in_range       a where first <= t < limit, else b           select_minus_infinity   a where x == -inf, else b
-//   scale_by_exp2(p, n)   p * 2^n for integral n in [kExp2Floor, 127); exactly 0 at the floor
-//   exponent, mantissa    with either integer dot: of positive normal values
-//   interleave16 / 8      rows of 2- / 1-byte elements -> vectors whose words hold one dim of all 2 / 4 rows
-//   restore16 / 8         the inverse order of dims, for f32 results of interleaved values
+//   select_in_range       a where first <= t < limit, else b           select_minus_infinity   a
+//   where x == -inf, else b scale_by_exp2(p, n)   p * 2^n for integral n in [kExp2Floor, 127);
+//   exactly 0 at the floor exponent, mantissa    with either integer dot: of positive normal values
+//   interleave16 / 8      rows of 2- / 1-byte elements -> vectors whose words hold one dim of all 2
+//   / 4 rows restore16 / 8         the inverse order of dims, for f32 results of interleaved values
 //   transpose             kLanes x kLanes words in place
-//   load_bf16, ...        kLanes values of a storage type, widened; (p, count) touches only the first count elements
-//   dot_bf16, pair_bf16   with kBf16Dot: f32 dot of bf16 pairs; words of (low, high) rounded to bf16
-//   dot_s16, widen8,      with kInt16Dot: int32 dot of int16 pairs; 2 * kLanes byte codes as int16;
-//   sub16, rescale16      (code << kShift) * factor / 2^15, rounded
+//   load_bf16, ...        kLanes values of a storage type, widened; (p, count) touches only the
+//   first count elements dot_bf16, pair_bf16   with kBf16Dot: f32 dot of bf16 pairs; words of (low,
+//   high) rounded to bf16 dot_s16, widen8,      with kInt16Dot: int32 dot of int16 pairs; 2 *
+//   kLanes byte codes as int16; sub16, rescale16      (code << kShift) * factor / 2^15, rounded
 //   dot_u8s8              with kInt8Dot: int32 dot of four codes, the first unsigned
-//   unpack4, unpack6      with either integer dot: kBytes codes of four or six bits from their planes
-//   look_up4, rescale8    four-bit codes through a table; (code - bias) * factor / 128 as int8
+//   unpack4, unpack6      with either integer dot: kBytes codes of four or six bits from their
+//   planes look_up4, rescale8    four-bit codes through a table; (code - bias) * factor / 128 as
+//   int8
 #pragma once
 #include <concepts>
 #include <cstddef>
@@ -24,60 +26,61 @@ namespace flashmla {
 namespace {
 
 template <class S>
-concept SimdVocabulary = requires(typename S::Float f, typename S::Word w, typename S::Float* fs, typename S::Word* ws,
-                                  float* p, void* v, const void* cv, const std::byte* plane) {
-  { S::kLanes } -> std::convertible_to<int>;
-  { S::kRegisters } -> std::convertible_to<int>;
-  { S::load(p) } -> std::same_as<typename S::Float>;
-  { S::load_word(cv) } -> std::same_as<typename S::Word>;
-  { S::broadcast_word(cv) } -> std::same_as<typename S::Word>;
-  { S::fma(f, f, f) } -> std::same_as<typename S::Float>;
-  { S::max(f, f) } -> std::same_as<typename S::Float>;
-  { S::reduce_max(f) } -> std::same_as<float>;
-  { S::to_float(w) } -> std::same_as<typename S::Float>;
-  { S::round_to_word(f) } -> std::same_as<typename S::Word>;
-  { S::select_in_range(0, w, w, f, f) } -> std::same_as<typename S::Float>;
-  { S::select_minus_infinity(f, f, f) } -> std::same_as<typename S::Float>;
-  { S::scale_by_exp2(f, f) } -> std::same_as<typename S::Float>;
-  { S::load_bf16(cv) } -> std::same_as<typename S::Float>;
-  { S::load_f16(cv) } -> std::same_as<typename S::Float>;
-  { S::load_f16(cv, 1) } -> std::same_as<typename S::Float>;
-  { S::load_s8(cv) } -> std::same_as<typename S::Float>;
-  { S::load_u8(cv) } -> std::same_as<typename S::Float>;
-  S::store_bf16(v, f);
-  S::store_f16(v, f);
-  S::transpose(ws);
-  S::prefetch(cv);
-  requires !S::kBf16Dot || requires {
-    { S::dot_bf16(f, w, w) } -> std::same_as<typename S::Float>;
-    { S::pair_bf16(f, f) } -> std::same_as<typename S::Word>;
-    S::interleave16(w, w, ws);
-    S::restore16(fs);
-  };
-  requires !(S::kInt8Dot || S::kInt16Dot) || requires(const int8_t* table) {
-    { S::exponent(f) } -> std::same_as<typename S::Float>;
-    { S::mantissa(f) } -> std::same_as<typename S::Float>;
-    { S::any_negative(w) } -> std::same_as<bool>;
-    { S::unpack6(plane, plane) } -> std::same_as<typename S::Word>;
-    { S::look_up4(plane, table) } -> std::same_as<typename S::Word>;
-    { S::rescale8(w, 0, w, 0) } -> std::same_as<typename S::Word>;
-  };
-  requires !S::kInt16Dot || requires {
-    { S::dot_s16(w, w, w) } -> std::same_as<typename S::Word>;
-    { S::widen8(cv, 0) } -> std::same_as<typename S::Word>;
-    { S::sub16(w, 0) } -> std::same_as<typename S::Word>;
-    { S::template rescale16<8>(w, w, 0) } -> std::same_as<typename S::Word>;
-    S::interleave16(w, w, ws);
-    S::restore16(fs);
-    S::store_s16(v, w);
-  };
-  requires !S::kInt8Dot || requires {
-    { S::dot_u8s8(w, w, w) } -> std::same_as<typename S::Word>;
-    S::interleave8(w, w, w, w, ws);
-    S::restore8(fs);
-    S::store_s8(v, w);
-  };
-};
+concept SimdVocabulary =
+    requires(typename S::Float f, typename S::Word w, typename S::Float* fs, typename S::Word* ws,
+             float* p, void* v, const void* cv, const std::byte* plane) {
+      { S::kLanes } -> std::convertible_to<int>;
+      { S::kRegisters } -> std::convertible_to<int>;
+      { S::load(p) } -> std::same_as<typename S::Float>;
+      { S::load_word(cv) } -> std::same_as<typename S::Word>;
+      { S::broadcast_word(cv) } -> std::same_as<typename S::Word>;
+      { S::fma(f, f, f) } -> std::same_as<typename S::Float>;
+      { S::max(f, f) } -> std::same_as<typename S::Float>;
+      { S::reduce_max(f) } -> std::same_as<float>;
+      { S::to_float(w) } -> std::same_as<typename S::Float>;
+      { S::round_to_word(f) } -> std::same_as<typename S::Word>;
+      { S::select_in_range(0, w, w, f, f) } -> std::same_as<typename S::Float>;
+      { S::select_minus_infinity(f, f, f) } -> std::same_as<typename S::Float>;
+      { S::scale_by_exp2(f, f) } -> std::same_as<typename S::Float>;
+      { S::load_bf16(cv) } -> std::same_as<typename S::Float>;
+      { S::load_f16(cv) } -> std::same_as<typename S::Float>;
+      { S::load_f16(cv, 1) } -> std::same_as<typename S::Float>;
+      { S::load_s8(cv) } -> std::same_as<typename S::Float>;
+      { S::load_u8(cv) } -> std::same_as<typename S::Float>;
+      S::store_bf16(v, f);
+      S::store_f16(v, f);
+      S::transpose(ws);
+      S::prefetch(cv);
+      requires !S::kBf16Dot || requires {
+        { S::dot_bf16(f, w, w) } -> std::same_as<typename S::Float>;
+        { S::pair_bf16(f, f) } -> std::same_as<typename S::Word>;
+        S::interleave16(w, w, ws);
+        S::restore16(fs);
+      };
+      requires !(S::kInt8Dot || S::kInt16Dot) || requires(const int8_t* table) {
+        { S::exponent(f) } -> std::same_as<typename S::Float>;
+        { S::mantissa(f) } -> std::same_as<typename S::Float>;
+        { S::any_negative(w) } -> std::same_as<bool>;
+        { S::unpack6(plane, plane) } -> std::same_as<typename S::Word>;
+        { S::look_up4(plane, table) } -> std::same_as<typename S::Word>;
+        { S::rescale8(w, 0, w, 0) } -> std::same_as<typename S::Word>;
+      };
+      requires !S::kInt16Dot || requires {
+        { S::dot_s16(w, w, w) } -> std::same_as<typename S::Word>;
+        { S::widen8(cv, 0) } -> std::same_as<typename S::Word>;
+        { S::sub16(w, 0) } -> std::same_as<typename S::Word>;
+        { S::template rescale16<8>(w, w, 0) } -> std::same_as<typename S::Word>;
+        S::interleave16(w, w, ws);
+        S::restore16(fs);
+        S::store_s16(v, w);
+      };
+      requires !S::kInt8Dot || requires {
+        { S::dot_u8s8(w, w, w) } -> std::same_as<typename S::Word>;
+        S::interleave8(w, w, w, w, ws);
+        S::restore8(fs);
+        S::store_s8(v, w);
+      };
+    };
 
 }  // namespace
 }  // namespace flashmla

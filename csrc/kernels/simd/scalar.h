@@ -1,5 +1,5 @@
-// simd/scalar.h: the vector vocabulary in portable C++ (compiler vector extensions of 4 lanes): runs on any CPU.
-// The verbs are explained in simd/concept.h.
+// simd/scalar.h: the vector vocabulary in portable C++ (compiler vector extensions of 4 lanes):
+// runs on any CPU. The verbs are explained in simd/concept.h.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -85,7 +85,9 @@ struct Scalar {
 
   static Float load_bf16(const void* p) { return load_each<uint16_t>(p, kLanes, bf16_to_float); }
   static Float load_f16(const void* p) { return load_each<uint16_t>(p, kLanes, f16_to_float); }
-  static Float load_f16(const void* p, int count) { return load_each<uint16_t>(p, count, f16_to_float); }
+  static Float load_f16(const void* p, int count) {
+    return load_each<uint16_t>(p, count, f16_to_float);
+  }
   static Float load_s8(const void* p) {
     return load_each<int8_t>(p, kLanes, [](int8_t x) { return static_cast<float>(x); });
   }
@@ -95,7 +97,8 @@ struct Scalar {
   static void store_bf16(void* p, Float x) { store_each(p, x, float_to_bf16); }
   static void store_f16(void* p, Float x) { store_each(p, x, float_to_f16); }
 
-  // 16 (4 * kLanes) packed codes: half a block, which no unpacking serves; the codecs take their scalar form.
+  // 16 (4 * kLanes) packed codes: half a block, which no unpacking serves; the codecs take their
+  // scalar form.
   static constexpr int kBytes = 16;
 
   static void prefetch(const void* p) { __builtin_prefetch(p); }
@@ -113,7 +116,8 @@ struct Scalar {
   template <class T, class Convert>
   static Float load_each(const void* p, int count, Convert convert) {
     Float r = {};
-    for (int i = 0; i < count; ++i) r[i] = convert(copy<T>(static_cast<const char*>(p) + i * sizeof(T)));
+    for (int i = 0; i < count; ++i)
+      r[i] = convert(copy<T>(static_cast<const char*>(p) + i * sizeof(T)));
     return r;
   }
   template <class Convert>
