@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -77,7 +78,11 @@ def test_scratch_of_a_finished_thread_is_returned() -> None:
     thread = threading.Thread(target=lambda: ops.mla_attention(*arguments, 64, 0.1))
     thread.start()
     thread.join()
-    assert ops.scratch_bytes() <= before
+    for _ in range(50):  # the system ends the thread a little after Python does
+        if ops.scratch_bytes() <= before:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"{ops.scratch_bytes()} bytes are held, {before} before")
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
