@@ -60,7 +60,7 @@ $(STAMPS)/torch: $(STAMPS)/venv
 	@touch $@
 
 $(STAMPS)/tools: $(STAMPS)/torch
-	$(PY) -m pip install -q 'setuptools>=77' cmake ninja
+	$(PY) -m pip install -q 'setuptools>=77' cmake ninja numpy
 	@touch $@
 
 $(STAMPS)/build: $(STAMPS)/tools $(NATIVE)
