@@ -28,9 +28,11 @@ FORMATS = (*FLOAT_FORMATS, *PACKED_FORMATS)
 ARITHMETIC = {
     **{("avx2", name): "INT16" for name in PACKED_FORMATS},
     **{("avx2_vnni", name): "INT8" for name in PACKED_FORMATS},
+    **{("avx2_vnni_evex", name): "INT8" for name in PACKED_FORMATS},
     **{("avx512_vnni", name): "INT8" for name in PACKED_FORMATS},
     **{("avx512_bf16", name): "INT8" for name in PACKED_FORMATS},
     ("avx2_vnni", "q8_0"): "INT16",
+    ("avx2_vnni_evex", "q8_0"): "INT16",
     ("avx512_vnni", "q8_0"): "INT16",
     ("avx512_bf16", "q8_0"): "INT16",
 }

@@ -308,7 +308,10 @@ def mla_attention_backward(
 
 
 def cpu_isa() -> str:
-    """The instruction set in use: scalar, avx2, avx512_vnni, avx512_bf16."""
+    """The instruction set in use: scalar, avx2, avx2_vnni, avx512_vnni, avx512_bf16.
+
+    Or, if forced, avx2_vnni_evex: avx2_vnni for tests on CPUs with AVX-512.
+    """
     return torch.ops.flashmla._isa()
 
 

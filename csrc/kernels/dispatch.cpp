@@ -14,6 +14,7 @@ extern const KernelTable kernels_scalar;
 #if defined(__x86_64__)
 extern const KernelTable kernels_avx2;
 extern const KernelTable kernels_avx2_vnni;
+extern const KernelTable kernels_avx2_vnni_evex;
 extern const KernelTable kernels_avx512_vnni;
 extern const KernelTable kernels_avx512_bf16;
 #endif
@@ -32,12 +33,9 @@ bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");
 }
-bool has_avx2_vnni() {
-#ifdef FLASHMLA_AVX2_VNNI_EVEX
+bool has_avx2_vnni() { return has_avx2() && __builtin_cpu_supports("avxvnni"); }
+bool has_avx2_vnni_evex() {
   return has_avx2() && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
-#else
-  return has_avx2() && __builtin_cpu_supports("avxvnni");
-#endif
 }
 bool has_avx512_vnni() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -53,6 +51,7 @@ constexpr LevelEntry kLevels[] = {
 #if defined(__x86_64__)
     {"avx2", &kernels_avx2, has_avx2},
     {"avx2_vnni", &kernels_avx2_vnni, has_avx2_vnni},
+    {"avx2_vnni_evex", &kernels_avx2_vnni_evex, has_avx2_vnni_evex},  // tests avx2_vnni
     {"avx512_vnni", &kernels_avx512_vnni, has_avx512_vnni},
     {"avx512_bf16", &kernels_avx512_bf16, has_avx512_bf16},
 #endif

@@ -4,7 +4,7 @@
 
 namespace flashmla {
 
-// Name of the level in use: scalar, avx2, avx2_vnni, avx512_vnni, avx512_bf16.
+// Name of the level in use: scalar, avx2, avx2_vnni, avx2_vnni_evex, avx512_vnni, avx512_bf16.
 const char* isa_name();
 
 // Levels compiled in, lowest first; null terminated.
