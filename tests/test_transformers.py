@@ -2,7 +2,7 @@
 
 Three kinds of evidence keep these comparisons honest: the operator is called once per MLA layer and
 forward pass and ``expand_kv`` never (``watch``); random weights are large enough for attention to
-matter; and three deliberate faults (``FAULTS``) must each make the same comparison fail.
+matter; and four deliberate faults (``FAULTS``) must each make the same comparison fail.
 """
 
 from __future__ import annotations

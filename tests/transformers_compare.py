@@ -7,6 +7,8 @@ comparison has to notice.
 from __future__ import annotations
 
 import copy
+import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -214,10 +216,22 @@ def _ignore_padding(call: Callable, q: Tensor, *args: Any, **kwargs: Any) -> tup
     return call(q, *args, **{**kwargs, "attn_mask": mask})
 
 
+def _ignore_selection(
+    call: Callable, q: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    return call(q, *args, **{**kwargs, "indices": None})
+
+
+def _passes_indices(layer: torch.nn.Module) -> bool:
+    """Whether the layer hands its selection to the attention function, instead of in the mask."""
+    return re.search(r"\bindices=", inspect.getsource(type(layer).forward)) is not None
+
+
 FAULTS = {
     "attention zeroed": (_zero_attention, "greedy"),
     "rope zeroed": (_zero_rope, "greedy"),
     "padding mask ignored": (_ignore_padding, "padded"),
+    "selection ignored": (_ignore_selection, "greedy"),
 }
 
 
@@ -226,6 +240,8 @@ def check_fault(model: PreTrainedModel, fault: str, monkeypatch: pytest.MonkeyPa
     rotary = [layer for layer in mla_layers(model) if layer.qk_rope_head_dim]
     if fault == "rope zeroed" and not rotary:
         pytest.skip("no rotary dimensions")
+    if fault == "selection ignored" and not any(map(_passes_indices, mla_layers(model))):
+        pytest.skip("passes no selection")
     mode = MODES[mode_name]
     mode = Mode(mode.lengths, {"max_new_tokens": 8}, ("default",))
     stock = {"DynamicCache": generate(model, mode, "DynamicCache")}

@@ -68,7 +68,7 @@ def mla_attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
-    indices: Tensor | None = None,  # int32 [B, Sq, topk], cache positions, -1 skips
+    indices: Tensor | None = None,  # int32 [B, Sq, topk], distinct cache positions, -1 skips
     s_aux: Tensor | None = None,  # [H] attention sinks
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -100,21 +100,26 @@ def mla_attention_forward(
 
     if is_mla(module):
         _refuse_unsupported(kwargs)
-    mask = _fold_indices(attention_mask, indices, query, key, is_causal)
     if module.__dict__.get("expand_kv") is not passthrough:
         # Selected by name, without patch(): this call came with expanded keys, the next will not.
         if is_mla(module):
             module.expand_kv = passthrough
-        return _stock_attention(module, name, query, key, value, mask, is_causal, stock_kwargs)
+        return _stock_attention(
+            module, name, query, key, value, attention_mask, indices, is_causal, stock_kwargs
+        )
     if dropout > 0.0 or wants_weights or has_active_dropout(module.kv_b_proj):
         cached = cache_layer_of(key)
         if cached is not None:
             key, value = cached.gather(key.shape[2], query.dtype)
         key, value = type(module).expand_kv(module, key, value)
-        return _stock_attention(module, name, query, key, value, mask, is_causal, stock_kwargs)
+        return _stock_attention(
+            module, name, query, key, value, attention_mask, indices, is_causal, stock_kwargs
+        )
+    mask = attention_mask
     if isinstance(mask, BlockMask):
         mask = _dense_block_mask(mask, query, key)
-    return _mla_attention(module, query, key, value, mask, scaling, is_causal, s_aux), None
+    out = _mla_attention(module, query, key, value, mask, scaling, is_causal, indices, s_aux)
+    return out, None
 
 
 def _mla_attention(
@@ -125,6 +130,7 @@ def _mla_attention(
     mask: Tensor | None,
     scaling: float | None,
     is_causal: bool,
+    indices: Tensor | None,
     s_aux: Tensor | None,
 ) -> Tensor:
     """One call of ``mla_attention_kv_b`` over pages or plain tensors: out [B, Sq, H, V]."""
@@ -154,6 +160,7 @@ def _mla_attention(
         head_dim**-0.5 if scaling is None else scaling,
         causal=mask is None and is_causal,  # the masks of transformers contain causality
         attn_mask=mask,
+        indices=indices,
         attn_sink=None if s_aux is None else s_aux.float(),
         k_pe_cache=k_pe_cache,
         kv_cache_dtype=kv_cache_dtype,
@@ -168,10 +175,15 @@ def _stock_attention(
     key: Tensor,  # [B, H, S, P + R]
     value: Tensor,  # [B, H, S, V]
     mask: Mask,
+    indices: Tensor | None,
     is_causal: bool,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """The implementation ``name`` of transformers, called as the unpatched layer calls it."""
+    """The implementation ``name`` of transformers, called as the unpatched layer calls it.
+
+    A sparse layer folds its selection into the mask for these implementations; it did not here.
+    """
+    mask = _fold_indices(mask, indices, query, key, is_causal)
     if name == "eager":  # adds its mask to the logits and needs one for causality
         if mask is None and is_causal and query.shape[2] > 1:
             mask = _causal(query, key.shape[2])
