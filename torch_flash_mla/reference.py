@@ -431,25 +431,25 @@ def _encode_levels(blocks: Tensor) -> tuple[Tensor, Tensor]:
     Of a few scales at and below absmax / 127 the one with the least squared error is kept.
     """
     most = _absmax(blocks)
-    best_index = torch.zeros(blocks.shape, dtype=torch.int64)
-    best_scale = most.half()  # NaN where a value is not finite, else replaced
+    best = most / 127  # stays where squares overflow, and NaN where a value is not finite
     least = torch.full_like(most, torch.inf)
-    for number, candidate in enumerate(_SCALE_CANDIDATES):
-        stored = (most / 127 * candidate).clamp(max=_F16_MAX).half()
-        scale = stored.float()
+    for candidate in _SCALE_CANDIDATES:
+        scale = most / 127 * candidate
         inverse = torch.where(scale > 0, 1 / scale, 0)
-        index = torch.bucketize(blocks * inverse, (_LEVELS[1:] + _LEVELS[:-1]) / 2)
-        square = (blocks - scale * _LEVELS[index]).square().unflatten(-1, (4, 8))
+        nearest = torch.bucketize(blocks.abs() * inverse, (_LEVELS[9:] + _LEVELS[8:-1]) / 2)
+        square = (blocks.abs() - scale * _LEVELS[8:][nearest]).square().unflatten(-1, (4, 8))
         # The order of the sums is the format's: it decides between nearly equal candidates.
         s = (square[..., 0, :] + square[..., 1, :] + square[..., 2, :]) + square[..., 3, :]
         even = (s[..., 0] + s[..., 4]) + (s[..., 2] + s[..., 6])
         error = (even + ((s[..., 1] + s[..., 5]) + (s[..., 3] + s[..., 7]))).unsqueeze(-1)
-        better = (error < least) | torch.tensor(number == 0)
-        better &= most.isfinite()
-        least = torch.where(better, error, least)
-        best_index = torch.where(better, index, best_index)
-        best_scale = torch.where(better, stored, best_scale)
-    return best_index.to(torch.uint8), best_scale.squeeze(-1)
+        best = torch.where(error < least, scale, best)
+        least = torch.where(error < least, error, least)
+    stored = best.clamp(max=_F16_MAX).half()
+    usable = stored > 0
+    inverse = torch.where(usable, 1 / stored.float(), 0)
+    y = (blocks * inverse).masked_fill(~usable, 0)
+    index = torch.bucketize(y, (_LEVELS[1:] + _LEVELS[:-1]) / 2)
+    return index.to(torch.uint8), stored.squeeze(-1)
 
 
 def _bytes(x: Tensor) -> Tensor:

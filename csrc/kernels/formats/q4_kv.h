@@ -45,69 +45,76 @@ struct Q4Kv {
     return {row, scales, rope, rope + r};
   }
 
-  // Levels below each value: with midpoint m[k] between levels k and k + 1, the number of k with x
-  // > m[k].
-  static void nearest(const float* x, float inverse, float* index, float* level) {
-    for (int i = 0; i < kBlock; ++i) index[i] = 0, level[i] = kLevels[0];
-    for (int k = 0; k < 15; ++k) {
-      const float midpoint = static_cast<float>(kLevels[k] + kLevels[k + 1]) * 0.5f;
-      const auto step = static_cast<float>(kLevels[k + 1] - kLevels[k]);
-      for (int i = 0; i < kBlock; ++i) {
-        const bool above = x[i] * inverse > midpoint;
-        index[i] += above ? 1.0f : 0.0f;
-        level[i] += above ? step : 0.0f;
+  // Index of the level nearest to x * inverse: with midpoint m[k] between levels k and k + 1, the
+  // number of k with x * inverse > m[k].
+  static void nearest(const float* x, float inverse, int32_t* index) {
+    for (int i = 0; i < kBlock; ++i) {
+      const float y = inverse > 0 ? x[i] * inverse : 0;
+      int32_t n = 0;
+#pragma GCC unroll 16
+      for (int k = 0; k < 15; ++k) {
+        n += y > static_cast<float>(kLevels[k] + kLevels[k + 1]) * 0.5f ? 1 : 0;
       }
+      index[i] = n;
     }
   }
 
-  static float squared_error(const float* x, float scale, const float* level) {
-    // Eight sums, so that the compiler may use vectors without reordering.
-    float sums[8] = {};
-    for (int i = 0; i < kBlock; i += 8) {
-      for (int j = 0; j < 8; ++j) {
-        const float d = x[i + j] - scale * level[i + j];
-        sums[j] += d * d;
+  // Squared error of a block of magnitudes at a scale. The levels are symmetric, so the upper half
+  // of them serves. Eight partial sums, so that the compiler may use vectors without reordering.
+  static float squared_error(const float* magnitude, float scale) {
+    const float inverse = inverse_scale(scale);
+    float square[kBlock], sums[8];
+    for (int i = 0; i < kBlock; ++i) {
+      const float y = magnitude[i] * inverse;
+      float level = kLevels[8];
+#pragma GCC unroll 8
+      for (int k = 8; k < 15; ++k) {
+        const float midpoint = static_cast<float>(kLevels[k] + kLevels[k + 1]) * 0.5f;
+        const auto step = static_cast<float>(kLevels[k + 1] - kLevels[k]);
+        level += y > midpoint ? step : 0.0f;
       }
+      const float d = magnitude[i] - scale * level;
+      square[i] = d * d;
+    }
+    for (int j = 0; j < 8; ++j) {
+      sums[j] = ((square[j] + square[j + 8]) + square[j + 16]) + square[j + 24];
     }
     return ((sums[0] + sums[4]) + (sums[2] + sums[6])) +
            ((sums[1] + sums[5]) + (sums[3] + sums[7]));
   }
 
   // Tries a few scales below absmax / 127 (clipping the largest value can serve the others) and
-  // keeps the least squared error.
-  static uint16_t encode_block(const float* x, float* best_index) {
+  // keeps the one with the least squared error.
+  static uint16_t best_scale(const float* x) {
     constexpr float kCandidates[] = {1.0f, 0.94f, 0.88f, 0.82f, 0.76f, 0.7f};
     const float most = absolute_maximum(x, kBlock);
-    uint16_t best = 0;
-    float least = __builtin_inff();
-    for (int i = 0; i < kBlock; ++i) best_index[i] = 0;
     if (most != most) return float_to_f16(most);
+    float magnitude[kBlock];
+    for (int i = 0; i < kBlock; ++i) magnitude[i] = __builtin_fabsf(x[i]);
+    // Candidates are compared before they are rounded to fp16; codes come from the rounded one.
+    float best = 0, least = __builtin_inff();
     for (const float candidate : kCandidates) {
-      const float wanted = most / 127.0f * candidate;
-      const uint16_t stored = float_to_f16(wanted > 65504.0f ? 65504.0f : wanted);
-      const float scale = f16_to_float(stored);
-      float index[kBlock], level[kBlock];
-      nearest(x, inverse_scale(scale), index, level);
-      const float error = squared_error(x, scale, level);
-      if (!(error < least) && candidate != kCandidates[0])
-        continue;  // the first stands when errors overflow
+      const float scale = most / 127.0f * candidate;
+      const float error = squared_error(magnitude, scale);
+      if (!(error < least)) continue;
       least = error;
-      best = stored;
-      for (int i = 0; i < kBlock; ++i) best_index[i] = index[i];
+      best = scale;
     }
-    return best;
+    if (least == __builtin_inff()) best = most / 127.0f;  // the squares overflow
+    return float_to_f16(best > 65504.0f ? 65504.0f : best);
   }
 
   static void encode(const float* latent, int32_t l, const float* rope, int32_t r, std::byte* row,
                      std::byte*) {
     const Planes to = planes(row, l, r);
     for (int32_t b = 0; b < l / kBlock; ++b) {
-      float index[kBlock];
-      store_u16(const_cast<std::byte*>(to.scales) + 2 * b,
-                encode_block(latent + b * kBlock, index));
+      const float* x = latent + b * kBlock;
+      const uint16_t scale = best_scale(x);
+      int32_t index[kBlock];
+      nearest(x, inverse_scale(f16_to_float(scale)), index);
+      store_u16(const_cast<std::byte*>(to.scales) + 2 * b, scale);
       for (int j = 0; j < 16; ++j) {
-        row[b * 16 + j] = static_cast<std::byte>(static_cast<int>(index[j]) |
-                                                 static_cast<int>(index[j + 16]) << 4);
+        row[b * 16 + j] = static_cast<std::byte>(index[j] | index[j + 16] << 4);
       }
     }
     const float most = absolute_maximum(rope, r);
