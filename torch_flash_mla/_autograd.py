@@ -1,12 +1,11 @@
 """Gradients of the attention operators, by recomputing the attention with ATen in float32.
 
-The backward pass is an operator of its own: it reads lengths and walks the sequences one by one,
+``csrc/ops/autograd.cpp`` records the calls that need gradients; their backward pass is the operator
+implemented here. It is an operator of its own: it reads lengths and walks the sequences one by one,
 which a traced graph could not, and keeps at most a bounded block of probabilities at a time.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -254,69 +253,3 @@ def _attention_gradients(
 
 
 torch.library.impl("flashmla::_mla_attention_backward", "cpu", _backward)
-
-
-# Inputs of the two operators in the order of their schemas; those that have gradients, in the order
-# that the backward operator returns them.
-_ATTENTION = [
-    "q",
-    "kv_cache",
-    "block_table",
-    "cache_seqlens",
-    "head_dim_v",
-    "softmax_scale",
-    "causal",
-    "attn_mask",
-    "cache_leftpad",
-    "indices",
-    "topk_length",
-    "attn_sink",
-    "q_pe",
-    "k_pe_cache",
-    "window",
-    "kv_cache_dtype",
-    "cu_seqlens_q",
-]
-_ATTENTION_KV_B = [*_ATTENTION[:4], "w_kv_b", *_ATTENTION[4:], "form"]
-_DIFFERENTIABLE = ("q", "kv_cache", "w_kv_b", "attn_sink", "q_pe", "k_pe_cache")
-_TENSORS = (
-    *_DIFFERENTIABLE,
-    "block_table",
-    "cache_seqlens",
-    "attn_mask",
-    "cache_leftpad",
-    "indices",
-    "topk_length",
-)
-_SETTINGS = ("head_dim_v", "softmax_scale", "causal", "window", "kv_cache_dtype")
-
-
-def _register(name: str, arguments: list[str]) -> None:
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        given = dict(zip(arguments, inputs, strict=True))
-        mask = given["attn_mask"]
-        if mask is not None and mask.requires_grad:
-            raise RuntimeError(
-                "attn_mask: requires grad, but the operator has no gradient for it; pass "
-                "attn_mask.detach()"
-            )
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*(given.get(tensor) for tensor in _TENSORS))
-        ctx.settings = {setting: given[setting] for setting in _SETTINGS}
-
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        # Arguments at their defaults may be missing at the end.
-        needed = dict(zip(arguments, ctx.needs_input_grad, strict=False))
-        needs = [needed.get(argument, False) for argument in _DIFFERENTIABLE]
-        saved = dict(zip(_TENSORS, ctx.saved_tensors, strict=True))
-        gradients = ops.mla_attention_backward(
-            grad_out, grad_lse, **saved, **ctx.settings, needs=needs
-        )
-        found = dict(zip(_DIFFERENTIABLE, gradients, strict=True))
-        return tuple(found[name] if needed[name] and name in found else None for name in needed)
-
-    torch.library.register_autograd(f"flashmla::{name}", backward, setup_context=setup_context)
-
-
-_register("mla_attention", _ATTENTION)
-_register("mla_attention_kv_b", _ATTENTION_KV_B)

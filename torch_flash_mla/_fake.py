@@ -1,7 +1,7 @@
 """Shapes and dtypes of the operators' results without data, for torch.compile and torch.export.
 
 Shapes may be symbolic: nothing here branches on a size. ``csrc/ops/library.cpp`` names this module
-as the one that completes the operators, so gradients are registered from here too.
+as the one that completes the operators, so the backward pass is registered from here too.
 """
 
 from __future__ import annotations

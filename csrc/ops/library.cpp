@@ -1,5 +1,5 @@
-// library.cpp: the operators' schemas, and which function serves each on CPU tensors. Shapes
-// without data (torch.compile) and gradients are registered by torch_flash_mla/_fake.py.
+// library.cpp: the operators' schemas, and which function serves each on CPU tensors. Gradients are
+// registered by autograd.cpp, shapes without data (torch.compile) by torch_flash_mla/_fake.py.
 //
 // Arguments written to are marked (a!) and never returned. Arguments are only ever appended, with a
 // default, so that saved programs keep loading; no tensor is keyword-only, which would rule out
