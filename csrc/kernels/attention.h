@@ -130,7 +130,7 @@ void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, St
       for (int32_t t = 0; !p.indices && t < count; ++t) s.positions[t] = at + t;
       fill_bias(p, item, count, tile.tokens, rows, s);
     }
-    score<Simd, Arithmetic>(tile, vectors, s, tile.key[0].group[0] != s.staged);
+    score<Simd, Arithmetic>(tile, vectors, s);
     soften<Simd, Arithmetic>(tile, Arithmetic::kScaled ? 1.0f : scale, edge,
                              holes ? s.bias : nullptr, vectors, s);
     accumulate<Simd, Arithmetic>(tile, used, rows, layout.value, s);

@@ -13,8 +13,9 @@
 namespace flashmla {
 namespace {
 
-// kTokens x kVectors accumulators: tokens [t, t + kTokens) of the tile (within one page) against
-// one row block. Prefetches `ahead_bytes` per token from `ahead` on meanwhile; 0 for none.
+// kTokens x kVectors accumulators: tokens [t, t + kTokens) of the tile, whose rows are evenly
+// spaced (one page, or a staged tile), against one row block. Prefetches `ahead_bytes` per token
+// from `ahead` on meanwhile; 0 for none.
 template <class Simd, class Arithmetic, int kTokens, int kVectors>
 void score_block(const Tile& tile, int32_t t, const std::byte* query, const Scratch& s, int32_t row,
                  int32_t rows, const std::byte* ahead, int64_t ahead_bytes) {
@@ -100,23 +101,46 @@ void score_block(const Tile& tile, int32_t t, const std::byte* query, const Scra
 // All tokens of the tile against one row block of kVectors vectors.
 template <class Simd, class Arithmetic, int kVectors>
 void score_rows(const Tile& tile, const std::byte* query, const Scratch& s, int32_t row,
-                int32_t rows, bool prefetch) {
+                int32_t rows, bool direct) {
   // Accumulators leave room for the queries and the broadcast: 16 of 32 registers, 8 of 16.
   constexpr int kTokens = Simd::kRegisters / 2 / kVectors;
   constexpr int kAhead = 2;  // pages: 32 tokens
-  for (int32_t t = 0; t < tile.tokens; t += kTokens) {
-    const Span& span = tile.key[0];
+  const Span& span = tile.key[0];
+  int32_t t = 0;
+  if constexpr (Simd::kRegisters == 16) {
+    // Rows of a staged tile are neighbours throughout: blocks need not stay within a page, and 12
+    // accumulators fit.
+    constexpr int kLong = 12 / kVectors;
+    if (!direct) {
+      if constexpr (Arithmetic::kScaled) {
+        for (int32_t page = 0; row == 0 && page < tile.tokens / kPage; ++page) {
+          load_value_scales<Simd>(tile, page, s);
+        }
+      }
+      for (; t + kLong <= tile.tokens; t += kLong) {
+        score_block<Simd, Arithmetic, kLong, kVectors>(tile, t, query, s, row, rows, nullptr, 0);
+      }
+      // Some of the last block a second time, to the same effect.
+      if (t < tile.tokens) {
+        score_block<Simd, Arithmetic, kLong, kVectors>(tile, tile.tokens - kLong, query, s, row,
+                                                       rows, nullptr, 0);
+      }
+      return;
+    }
+  }
+  for (; t < tile.tokens; t += kTokens) {
     if constexpr (Arithmetic::kScaled) {
       if (row == 0 && t % kPage == 0) load_value_scales<Simd>(tile, t / kPage, s);
     }
     const std::byte* ahead = span.group[t / kPage + kAhead] + t % kPage * span.stride;
     score_block<Simd, Arithmetic, kTokens, kVectors>(tile, t, query, s, row, rows, ahead,
-                                                     prefetch ? span.stride : 0);
+                                                     direct && row == 0 ? span.stride : 0);
   }
 }
 
 template <class Simd, class Arithmetic>
-void score(const Tile& tile, int vectors, const Scratch& s, bool prefetch) {
+void score(const Tile& tile, int vectors, const Scratch& s) {
+  const bool direct = tile.key[0].group[0] != s.staged;
   const int64_t words = tile.key[0].words + tile.key[1].words;
   const int32_t rows = vectors * Simd::kLanes;
   for (int32_t r = 0; r < rows; ++r) s.tile_maximum[r] = -__builtin_inff();
@@ -124,12 +148,11 @@ void score(const Tile& tile, int vectors, const Scratch& s, bool prefetch) {
     const int width = row_vectors<Simd>(v, vectors);
     const int32_t row = v * Simd::kLanes;
     const std::byte* query = s.packed_query + row * words * 4;
-    const bool first = prefetch && v == 0;
     if constexpr (kMaxRowVectors<Simd> == 4) {
-      if (width == 4) score_rows<Simd, Arithmetic, 4>(tile, query, s, row, rows, first);
+      if (width == 4) score_rows<Simd, Arithmetic, 4>(tile, query, s, row, rows, direct);
     }
-    if (width == 2) score_rows<Simd, Arithmetic, 2>(tile, query, s, row, rows, first);
-    if (width == 1) score_rows<Simd, Arithmetic, 1>(tile, query, s, row, rows, first);
+    if (width == 2) score_rows<Simd, Arithmetic, 2>(tile, query, s, row, rows, direct);
+    if (width == 1) score_rows<Simd, Arithmetic, 1>(tile, query, s, row, rows, direct);
     v += width;
   }
 }
