@@ -42,7 +42,7 @@ template <class Simd, class Arithmetic>
 size_t lay_out(const RowLayout& layout, BlockShape shape, std::byte* base, Scratch& s) {
   size_t used = 0;
   auto take = [&](size_t bytes) {
-    std::byte* p = base + used;
+    std::byte* p = base ? base + used : nullptr;
     used += (bytes + kCacheLine - 1) / kCacheLine * kCacheLine;
     return p;
   };
