@@ -32,11 +32,11 @@ test: setup
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc tests -name '*.h' -o -name '*.cpp')
 
 format: setup
 	$(VENV)/bin/ruff check --fix .
-	$(VENV)/bin/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
+	$(VENV)/bin/clang-format -i $$(find csrc tests -name '*.h' -o -name '*.cpp')
 
 bench: setup
 	$(PY) -m torch_flash_mla.bench decode

@@ -1,0 +1,96 @@
+"""The kernels without torch (cpp/kernel_test.cpp): as built, under sanitizers, on older CPUs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+import torch_flash_mla
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNEL_BUILD = ROOT / "build" / "kernels"
+ARCHIVE = KERNEL_BUILD / "libflashmla_kernels.a"
+TOOLS = os.pathsep.join(  # cmake and ninja usually come from pip
+    [os.environ["PATH"], sysconfig.get_path("scripts"), str(Path(sys.executable).parent)]
+)
+SANITIZERS = {"TSAN_OPTIONS": "halt_on_error=1", "UBSAN_OPTIONS": "halt_on_error=1"}
+EMULATOR = shutil.which("qemu-x86_64")
+
+
+def run(*command: str | Path, **environment: str) -> str:
+    """Output of a command that must succeed."""
+    result = subprocess.run(
+        [str(c) for c in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PATH": TOOLS, **environment},
+    )
+    # qemu warns of features that no test needs, once per thread.
+    output = re.sub(r"qemu-x86_64: warning: TCG doesn't .*\n", "", result.stdout)
+    assert result.returncode == 0, f"{result.args}: {result.returncode}\n{output[-4000:]}"
+    return output
+
+
+def levels(output: str) -> list[str]:
+    """The levels that passed."""
+    return re.findall(r"^(\w+): passed", output, re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The test linked with the archive that is in the library."""
+    if not ARCHIVE.exists():
+        pytest.skip("built elsewhere")
+    path = tmp_path_factory.mktemp("kernels") / "kernel_test"
+    compiler = os.environ.get("CXX", "c++").split()
+    options = ("-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-Icsrc", "-pthread")
+    run(*compiler, *options, "tests/cpp/kernel_test.cpp", ARCHIVE, "-o", path)
+    return path
+
+
+def test_every_level(program: Path) -> None:
+    assert levels(run(program)) == torch_flash_mla.available_isas()
+
+
+@pytest.mark.parametrize("sanitizers", ["thread", "address,undefined"])
+def test_sanitizers(sanitizers: str, tmp_path: Path) -> None:
+    built_by = KERNEL_BUILD / "compiler.txt"
+    compiler = built_by.read_text() if built_by.exists() else os.environ.get("CXX", "c++")
+    probe = tmp_path / "probe"
+    probe.with_suffix(".cpp").write_text("int main() {}")
+    command = [*compiler.split(), f"-fsanitize={sanitizers}", f"{probe}.cpp", "-o", str(probe)]
+    if subprocess.run(command).returncode != 0 or subprocess.run([probe]).returncode != 0:
+        pytest.skip(f"{compiler} has no working -fsanitize={sanitizers} here")
+
+    build = ROOT / "build" / "kernel_test" / sanitizers.replace(",", "_")
+    options = ("-DCMAKE_BUILD_TYPE=Debug", "-DFLASHMLA_TESTS=ON", "-DFLASHMLA_WERROR=ON")
+    options += (f"-DFLASHMLA_SANITIZE={sanitizers}",)
+    if not (build / "CMakeCache.txt").exists():  # CMake cannot change its compiler in place
+        run("cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *options, CXX=compiler)
+    run("cmake", "--build", build, "--parallel", os.environ.get("MAX_JOBS", "2"))
+    output = run(build / "kernel_test", "16", **SANITIZERS)
+    assert levels(output) == torch_flash_mla.available_isas()
+
+
+@pytest.mark.skipif(EMULATOR is None, reason="needs qemu-x86_64; Debian: apt install qemu-user")
+@pytest.mark.parametrize(
+    ("cpu", "expected"), [("Nehalem", ["scalar"]), ("Haswell", ["scalar", "avx2"])]
+)
+def test_levels_of_older_cpus(cpu: str, expected: list[str], program: Path) -> None:
+    """No instruction outside of a level's own, and none before the level is chosen."""
+    version = re.search(r"version (\d+)\.(\d+)", run(EMULATOR, "--version"))
+    assert version is not None
+    if expected != ["scalar"] and tuple(map(int, version.groups())) < (7, 2):
+        pytest.skip("AVX2 is emulated by qemu 7.2 and newer")
+    assert levels(run(EMULATOR, "-cpu", cpu, program, "4")) == expected
