@@ -3,7 +3,6 @@
 #include "ops/attention_arguments.h"
 
 #include <ATen/Context.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <cmath>
@@ -102,7 +101,22 @@ void check_indices(const AttentionArguments& a, Attention& attention) {
 
 }  // namespace
 
-Queries split_queries(const Tensor& q, const OptionalTensor& q_pe, int64_t main_width) {
+QueryRows Queries::main_rows() const { return query_rows(q); }
+
+QueryRows Queries::rope_rows() const {
+  if (q_pe.has_value()) return query_rows(*q_pe);
+  QueryRows rows = query_rows(q);
+  if (rope_width > 0 && q.numel() > 0) rows.data += main_width * item_bytes(q);
+  return rows;
+}
+
+Tensor Queries::main() const { return q_pe.has_value() ? q : q.narrow(3, 0, main_width); }
+
+Tensor Queries::rope() const {
+  return q_pe.has_value() ? *q_pe : q.narrow(3, main_width, rope_width);
+}
+
+Queries check_queries(const Tensor& q, const OptionalTensor& q_pe, int64_t main_width) {
   check_environment();
   check_tensor(q, "q");
   float_type(q.scalar_type(), "q");
@@ -111,7 +125,7 @@ Queries split_queries(const Tensor& q, const OptionalTensor& q_pe, int64_t main_
   if (!q_pe.has_value()) {
     TORCH_CHECK_VALUE(q.size(3) >= main_width, "q: rows of ", q.size(3), ", expected at least ",
                       main_width, " values and then the rope part");
-    return {q.narrow(3, 0, main_width), q.narrow(3, main_width, q.size(3) - main_width)};
+    return {q, q_pe, main_width, q.size(3) - main_width};
   }
   TORCH_CHECK_VALUE(q.size(3) == main_width, "q: rows of ", q.size(3), ", expected ", main_width,
                     " as q_pe holds the rope part");
@@ -120,18 +134,17 @@ Queries split_queries(const Tensor& q, const OptionalTensor& q_pe, int64_t main_
   check_rank(*q_pe, "q_pe", 4, "[B, Sq, H, R]");
   check_shape(*q_pe, "q_pe", {q.size(0), q.size(1), q.size(2), q_pe->size(3)}, "[B, Sq, H, R]");
   check_rows_contiguous(*q_pe, "q_pe");
-  return {q, *q_pe};
+  return {q, q_pe, main_width, q_pe->size(3)};
 }
 
 Attention check_attention(const AttentionArguments& a, const Queries& queries, int64_t latent) {
   refuse(a.cu_seqlens_q, "cu_seqlens_q", "queries of ragged length are");
   Attention attention = {};
   AttentionParams& p = attention.params;
-  p.batch = check_int32(queries.main.size(0), "q.size(0)");
-  p.q_len = check_int32(queries.main.size(1), "q.size(1)");
-  p.heads = check_int32(queries.main.size(2), "q.size(2)");
-  check_int32(queries.main.size(1) * queries.main.size(2),
-              "q.size(1) * q.size(2), rows per sequence");
+  p.batch = check_int32(queries.q.size(0), "q.size(0)");
+  p.q_len = check_int32(queries.q.size(1), "q.size(1)");
+  p.heads = check_int32(queries.q.size(2), "q.size(2)");
+  check_int32(queries.q.size(1) * queries.q.size(2), "q.size(1) * q.size(2), rows per sequence");
   p.softmax_scale = static_cast<float>(a.softmax_scale);
   TORCH_CHECK_VALUE(std::isfinite(p.softmax_scale), "softmax_scale: ", a.softmax_scale,
                     ", expected a finite float32 number");
@@ -139,8 +152,7 @@ Attention check_attention(const AttentionArguments& a, const Queries& queries, i
   p.window = static_cast<int32_t>(std::min<int64_t>(a.window, std::numeric_limits<int32_t>::max()));
   p.causal = a.causal;
 
-  Cache cache =
-      check_cache(a.kv_cache, a.k_pe_cache, a.kv_cache_dtype, latent, queries.rope.size(3));
+  Cache cache = check_cache(a.kv_cache, a.k_pe_cache, a.kv_cache_dtype, latent, queries.rope_width);
   attention.sequences = check_sequences(cache, a.block_table, a.cache_seqlens, p.batch);
   p.cache = cache.view;
   p.cache_seqlens = attention.sequences.cache_seqlens.const_data_ptr<int32_t>();
@@ -170,14 +182,14 @@ Attention check_attention(const AttentionArguments& a, const Queries& queries, i
   return attention;
 }
 
-Tensor run_attention(Attention& attention, const Tensor& q_latent, const Tensor& q_rope,
+Tensor run_attention(Attention& attention, const QueryRows& q_latent, const QueryRows& q_rope,
                      const Tensor& out) {
   AttentionParams& p = attention.params;
-  const Tensor lse = at::empty({p.batch, p.heads, p.q_len}, out.options().dtype(at::kFloat));
+  const Tensor lse = uninitialised({p.batch, p.heads, p.q_len}, at::kFloat);
   if (lse.numel() == 0) return lse;
-  p.q_type = float_type(q_latent.scalar_type(), "q");
-  p.q = query_rows(q_latent);
-  p.q_pe = query_rows(q_rope);
+  p.q_type = float_type(out.scalar_type(), "q");
+  p.q = q_latent;
+  p.q_pe = q_rope;
   p.out = query_rows(out);
   p.lse = lse.mutable_data_ptr<float>();
   for (int d = 0; d < 3; ++d) p.lse_stride[d] = lse.stride(d);

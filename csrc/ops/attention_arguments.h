@@ -29,15 +29,22 @@ struct AttentionArguments {
   const OptionalTensor& cu_seqlens_q;
 };
 
-// Queries [B, Sq, H, *], their width split in two: L latent (or P plain) values, then R rope
-// values.
+// Queries, checked: q [B, Sq, H, main + R], or q [B, Sq, H, main] with q_pe [B, Sq, H, R], where
+// `main` is L latent (or P plain) values. Refers to the arguments; narrowed tensors would cost as
+// much as all checks of a call.
 struct Queries {
-  Tensor main;  // [B, Sq, H, L or P]
-  Tensor rope;  // [B, Sq, H, R]
+  const Tensor& q;
+  const OptionalTensor& q_pe;
+  int64_t main_width;
+  int64_t rope_width;
+
+  QueryRows main_rows() const;
+  QueryRows rope_rows() const;
+  Tensor main() const;  // [B, Sq, H, main]
+  Tensor rope() const;  // [B, Sq, H, R]
 };
 
-// q [B, Sq, H, main + R], or q [B, Sq, H, main] with q_pe [B, Sq, H, R].
-Queries split_queries(const Tensor& q, const OptionalTensor& q_pe, int64_t main_width);
+Queries check_queries(const Tensor& q, const OptionalTensor& q_pe, int64_t main_width);
 
 // Everything but queries and outputs, checked; with the tensors it points into.
 struct Attention {
@@ -55,8 +62,8 @@ Attention check_attention(const AttentionArguments& arguments, const Queries& qu
                           int64_t latent);
 
 // Attends with latent queries [B, Sq, H, L] and [B, Sq, H, R], writes `out` [B, Sq, H, L] (any
-// strides but the last) and returns lse [B, H, Sq]. All three have one dtype.
-Tensor run_attention(Attention& attention, const Tensor& q_latent, const Tensor& q_rope,
+// strides but the last) and returns lse [B, H, Sq]. All three have the dtype of `out`.
+Tensor run_attention(Attention& attention, const QueryRows& q_latent, const QueryRows& q_rope,
                      const Tensor& out);
 
 }  // namespace flashmla

@@ -1,6 +1,7 @@
 // checks.h: what every operator asks of its arguments before it reads or writes anything. A message
 // names the argument, what came and what was expected.
 #pragma once
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
@@ -93,6 +94,11 @@ inline void check_environment() {
 
 inline const std::byte* bytes(const at::Tensor& t) {
   return static_cast<const std::byte*>(t.const_data_ptr());
+}
+
+// at::empty without its way through the dispatcher.
+inline at::Tensor uninitialised(at::IntArrayRef shape, at::ScalarType type) {
+  return at::detail::empty_cpu(shape, type);
 }
 
 // [B, Sq, H, width] as the kernels take it. They write through `out` tensors only.

@@ -1,7 +1,5 @@
 // merge_attn_states.cpp: combines two partial attention results of the same queries over different
 // keys by their log-sum-exp.
-#include <ATen/ops/empty.h>
-
 #include "kernels/driver.h"
 #include "ops/checks.h"
 #include "ops/ops.h"
@@ -47,8 +45,8 @@ std::tuple<Tensor, Tensor> merge_attn_states(const Tensor& out_a, const Tensor& 
     sink = attn_sink->contiguous();
     p.attn_sink = sink.const_data_ptr<float>();
   }
-  const Tensor out = at::empty(out_a.sizes(), out_a.options());
-  const Tensor lse = at::empty({p.batch, p.heads, p.q_len}, lse_a.options());
+  const Tensor out = uninitialised(out_a.sizes(), out_a.scalar_type());
+  const Tensor lse = uninitialised({p.batch, p.heads, p.q_len}, at::kFloat);
   if (lse.numel() == 0) return {out, lse};
   p.out_a = query_rows(out_a);
   p.out_b = query_rows(out_b);

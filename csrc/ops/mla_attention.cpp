@@ -1,6 +1,4 @@
 // mla_attention.cpp: attention of ready (absorbed) queries against the latent cache.
-#include <ATen/ops/empty.h>
-
 #include "ops/attention_arguments.h"
 #include "ops/checks.h"
 
@@ -14,13 +12,13 @@ std::tuple<Tensor, Tensor> mla_attention(
     const OptionalTensor& attn_sink, const OptionalTensor& q_pe, const OptionalTensor& k_pe_cache,
     int64_t window, std::string_view kv_cache_dtype, const OptionalTensor& cu_seqlens_q) {
   check_width(head_dim_v, "head_dim_v", 1);
-  const Queries queries = split_queries(q, q_pe, head_dim_v);
+  const Queries queries = check_queries(q, q_pe, head_dim_v);
   Attention attention = check_attention(
       {kv_cache, block_table, cache_seqlens, softmax_scale, causal, attn_mask, cache_leftpad,
        indices, topk_length, attn_sink, k_pe_cache, window, kv_cache_dtype, cu_seqlens_q},
       queries, head_dim_v);
-  const Tensor out = at::empty({q.size(0), q.size(1), q.size(2), head_dim_v}, q.options());
-  const Tensor lse = run_attention(attention, queries.main, queries.rope, out);
+  const Tensor out = uninitialised({q.size(0), q.size(1), q.size(2), head_dim_v}, q.scalar_type());
+  const Tensor lse = run_attention(attention, queries.main_rows(), queries.rope_rows(), out);
   return {out, lse};
 }
 

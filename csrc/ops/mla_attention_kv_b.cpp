@@ -5,7 +5,6 @@
 // out_latent @ W_UV^T. The products are ATen's (oneDNN).
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/bmm.h>
-#include <ATen/ops/empty.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include "ops/attention_arguments.h"
@@ -29,18 +28,19 @@ Tensor dense(const Tensor& weight, at::ScalarType type) {
 
 std::tuple<Tensor, Tensor> absorbed(Attention& attention, const Queries& queries,
                                     const Tensor& w_uk, const Tensor& w_uv) {
-  const int64_t batch = queries.main.size(0);
-  const int64_t q_len = queries.main.size(1);
-  const int64_t heads = queries.main.size(2);
-  const at::ScalarType type = queries.main.scalar_type();
+  const int64_t batch = queries.q.size(0);
+  const int64_t q_len = queries.q.size(1);
+  const int64_t heads = queries.q.size(2);
+  const at::ScalarType type = queries.q.scalar_type();
   // ATen's fp16 products are slow on CPUs without fp16 arithmetic, and a latent query rounded to
   // fp16 may overflow.
   const at::ScalarType working = type == at::kHalf ? at::kFloat : type;
-  const Tensor q_latent = at::bmm(by_head(queries.main).to(working), dense(w_uk, working))
+  const Tensor q_latent = at::bmm(by_head(queries.main()).to(working), dense(w_uk, working))
                               .view({heads, batch, q_len, w_uk.size(2)})
                               .permute({1, 2, 0, 3});
-  const Tensor out_latent = at::empty({heads, batch, q_len, w_uk.size(2)}, q_latent.options());
-  const Tensor lse = run_attention(attention, q_latent, queries.rope.to(working),
+  const Tensor q_rope = queries.rope().to(working);
+  const Tensor out_latent = uninitialised({heads, batch, q_len, w_uk.size(2)}, working);
+  const Tensor lse = run_attention(attention, query_rows(q_latent), query_rows(q_rope),
                                    out_latent.permute({1, 2, 0, 3}));
   const Tensor out = at::bmm(out_latent.view({heads, batch * q_len, w_uk.size(2)}),
                              dense(w_uv, working).transpose(1, 2))
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor> mla_attention_kv_b(
   const int64_t nope = w_kv_b.size(1) - head_dim_v;
   TORCH_CHECK_VALUE(nope >= 1, "w_kv_b: shape ", w_kv_b.sizes(),
                     ", expected [H, P + V, L] with V = head_dim_v = ", head_dim_v, " and P >= 1");
-  const Queries queries = split_queries(q, q_pe, nope);
+  const Queries queries = check_queries(q, q_pe, nope);
   check_same_dtype(w_kv_b, "w_kv_b", q, "q");
   TORCH_CHECK_VALUE(w_kv_b.size(0) == q.size(2), "w_kv_b: ", w_kv_b.size(0), " heads, expected ",
                     q.size(2), " as in q");

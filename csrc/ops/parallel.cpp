@@ -56,6 +56,7 @@ std::byte* thread_scratch(int slot, size_t bytes) {
 // at::parallel_for would need OpenMP flags and its runtime in this library; the stable interface
 // runs the same pool.
 void parallel_for(int64_t count, void (*body)(int64_t i, void* context), void* context) {
+  if (count == 1) return body(0, context);
   torch::stable::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) body(i, context);
   });
