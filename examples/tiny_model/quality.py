@@ -38,7 +38,7 @@ from torch_flash_mla.integrations.transformers import MLACache
 HERE = Path(__file__).parent
 CONTEXT = 1024
 # Largest change of perplexity relative to bfloat16 rows.
-LIMITS = {"transformers": 0.0005, "q8_kv": 0.0005, "q8_0": 0.0005, "q6_0": 0.003}
+LIMITS = {"transformers": 0.0005, "q8_kv": 0.0005, "q8_0": 0.0005, "q6_0": 0.003, "q4_kv": 0.003}
 ROPE_ZEROED_AT_LEAST = 0.20
 
 
@@ -107,7 +107,7 @@ def measure(options: argparse.Namespace, windows: Tensor) -> list[Row]:
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).eval()
     config = model.config
     runs: list[tuple[str, str]] = [("bf16" if dtype == torch.bfloat16 else "float32", "auto")]
-    runs += [(name, name) for name in ("q8_kv", "q8_0", "q6_0")]
+    runs += [(name, name) for name in ("q8_kv", "q8_0", "q6_0", "q4_kv")]
     runs += [("rope zeroed", "auto"), ("transformers", "")]
     rows = []
     for name, kv_cache_dtype in runs:
