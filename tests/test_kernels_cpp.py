@@ -22,7 +22,7 @@ ARCHIVE = KERNEL_BUILD / "libflashmla_kernels.a"
 TOOLS = os.pathsep.join(  # cmake and ninja usually come from pip
     [os.environ["PATH"], sysconfig.get_path("scripts"), str(Path(sys.executable).parent)]
 )
-SANITIZERS = {"UBSAN_OPTIONS": "halt_on_error=1"}
+SANITIZERS = {"TSAN_OPTIONS": "halt_on_error=1", "UBSAN_OPTIONS": "halt_on_error=1"}
 EMULATOR = shutil.which("qemu-x86_64")
 
 
@@ -64,8 +64,8 @@ def test_every_level(program: Path) -> None:
     assert levels(run(program)) == torch_flash_mla.available_isas()
 
 
-def test_sanitizers(tmp_path: Path) -> None:
-    sanitizers = "address,undefined"
+@pytest.mark.parametrize("sanitizers", ["thread", "address,undefined"])
+def test_sanitizers(sanitizers: str, tmp_path: Path) -> None:
     built_by = KERNEL_BUILD / "compiler.txt"
     compiler = built_by.read_text() if built_by.exists() else os.environ.get("CXX", "c++")
     probe = tmp_path / "probe"
