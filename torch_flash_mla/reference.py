@@ -409,7 +409,8 @@ def _encode_segment(x: Tensor) -> tuple[Tensor, Tensor]:
     usable = most > 1e-30
     inverse = torch.full_like(most, 127) / most  # 127 / tensor would be 127 * (1 / tensor)
     codes = (x * inverse).masked_fill(~usable, 0).round().clamp(-127, 127) + 128
-    scale = (most / 127).masked_fill(most <= 1e-30, 0)
+    # 127 times the scale must stay finite.
+    scale = (most / 127).clamp(max=float.fromhex("0x1.020406p+121")).masked_fill(most <= 1e-30, 0)
     return codes.to(torch.uint8), scale
 
 

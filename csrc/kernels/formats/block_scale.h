@@ -30,6 +30,15 @@ constexpr int kBlock = 32;
   return static_cast<int32_t>(__builtin_rintf(y));
 }
 
+// The f32 scale of a segment of codes up to 127, from its largest magnitude: 127 times it must stay
+// finite. 0 where there is nothing to scale, NaN for NaN.
+[[maybe_unused]] inline float segment_scale(float most) {
+  constexpr float kLargest = 0x1.020406p+121f;
+  if (!(most > 1e-30f)) return most == most ? 0.0f : most;
+  const float scale = most / 127.0f;
+  return scale < kLargest ? scale : kLargest;
+}
+
 // The stored scale of a block whose largest code is `code_max`: finite unless the block is not.
 // Codes are computed from the rounded scale, so that decoding divides by what encoding multiplied
 // with.

@@ -35,7 +35,7 @@ struct Q8Kv {
     for (int32_t i = 0; i < count; ++i) {
       codes[i] = static_cast<std::byte>(to_code(x[i], inverse, -127, 127) + 128);
     }
-    return most > 1e-30f ? most / 127.0f : most == most ? 0.0f : most;
+    return segment_scale(most);
   }
 
   static void encode(const float* latent, int32_t l, const float* rope, int32_t r, std::byte* row,
