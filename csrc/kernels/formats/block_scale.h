@@ -39,6 +39,11 @@ constexpr int kBlock = 32;
   return scale < kLargest ? scale : kLargest;
 }
 
+// What encoding multiplies a segment with: 127 / its largest magnitude, or 0.
+[[maybe_unused]] inline float segment_inverse(float most) {
+  return most > 1e-30f ? 127.0f / most : 0.0f;
+}
+
 // The stored scale of a block whose largest code is `code_max`: finite unless the block is not.
 // Codes are computed from the rounded scale, so that decoding divides by what encoding multiplied
 // with.

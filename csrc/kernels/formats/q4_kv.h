@@ -118,7 +118,7 @@ struct Q4Kv {
       }
     }
     const float most = absolute_maximum(rope, r);
-    const float inverse = most > 1e-30f ? 127.0f / most : 0.0f;
+    const float inverse = segment_inverse(most);
     const float scale = segment_scale(most);
     for (int32_t i = 0; i < r; ++i) {
       const_cast<std::byte&>(to.rope[i]) =

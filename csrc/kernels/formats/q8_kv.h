@@ -31,7 +31,7 @@ struct Q8Kv {
 
   static float encode_segment(const float* x, int32_t count, std::byte* codes) {
     const float most = absolute_maximum(x, count);
-    const float inverse = most > 1e-30f ? 127.0f / most : 0.0f;
+    const float inverse = segment_inverse(most);
     for (int32_t i = 0; i < count; ++i) {
       codes[i] = static_cast<std::byte>(to_code(x[i], inverse, -127, 127) + 128);
     }
