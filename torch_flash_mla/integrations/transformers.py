@@ -20,6 +20,7 @@ Setting ``TORCH_FLASH_MLA_DISABLE=1`` turns ``patch`` into a report that changes
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import weakref
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ if _VERSION < _OLDEST:
         f"{transformers.__version__}: earlier releases cache expanded keys, not the latent"
     )
 
-from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin  # noqa: E402
 from transformers.masking_utils import sdpa_mask  # noqa: E402
 
 from torch_flash_mla.formats import PACKED_FORMATS, row_bytes  # noqa: E402
@@ -64,6 +65,13 @@ AttentionInterface.register(ATTENTION_NAME, mla_attention_forward)
 AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 PATCHED, STOCK, FAILED = "patched", "stock", "not patched"
+
+# generate() calls the cache past_key_values up to 5.23 and cache since.
+_CACHE_ARGUMENT = (
+    "cache"
+    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    else "past_key_values"
+)
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,7 @@ class _CacheForGeneration:
         model = self.model
         stock = type(model)._prepare_cache_for_generation
         explicit = (
-            model_kwargs.get("past_key_values") is not None
+            model_kwargs.get(_CACHE_ARGUMENT) is not None
             or generation_config.cache_implementation is not None
             or generation_config.use_cache is False
         )
@@ -139,7 +147,7 @@ class _CacheForGeneration:
             return stock(model, generation_config, model_kwargs, *args, **kwargs)
         layers = {m.layer_idx for m in model.modules() if patch_state(m) is not None}
         cache = MLACache(model.config, self.kv_cache_dtype, layers=layers)
-        model_kwargs["past_key_values"] = cache
+        model_kwargs[_CACHE_ARGUMENT] = cache
         if generation_config.is_assistant:
             cache.activate_past_recording()
         return None
