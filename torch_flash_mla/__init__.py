@@ -60,6 +60,11 @@ from torch_flash_mla.ops import (  # noqa: E402
 
 if TYPE_CHECKING:
     from torch_flash_mla.cache import PagedLatentCache
+    from torch_flash_mla.flash_mla_interface import (
+        flash_mla_sparse_fwd,
+        flash_mla_with_kvcache,
+        get_mla_metadata,
+    )
     from torch_flash_mla.integrations.transformers import MLACache, patch, patched, unpatch
     from torch_flash_mla.modules import MLAAttention
 
@@ -87,6 +92,9 @@ _LAZY = {
     "MLAAttention": "torch_flash_mla.modules",
     "MLACache": "torch_flash_mla.integrations.transformers",
     "PagedLatentCache": "torch_flash_mla.cache",
+    "flash_mla_sparse_fwd": "torch_flash_mla.flash_mla_interface",
+    "flash_mla_with_kvcache": "torch_flash_mla.flash_mla_interface",
+    "get_mla_metadata": "torch_flash_mla.flash_mla_interface",
     "patch": "torch_flash_mla.integrations.transformers",
     "patched": "torch_flash_mla.integrations.transformers",
     "unpatch": "torch_flash_mla.integrations.transformers",
@@ -109,8 +117,11 @@ __all__ = [
     "concat_and_cache_mla",
     "copy_blocks",
     "cpu_isa",
+    "flash_mla_sparse_fwd",
+    "flash_mla_with_kvcache",
     "force_isa",
     "gather_cache",
+    "get_mla_metadata",
     "merge_attn_states",
     "mla_attention",
     "mla_attention_kv_b",
