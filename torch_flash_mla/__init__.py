@@ -46,7 +46,7 @@ def _load_operators() -> None:
 
 _load_operators()
 
-from torch_flash_mla import _fake, ops  # noqa: E402, F401
+from torch_flash_mla import _fake, _vmap, ops  # noqa: E402, F401
 from torch_flash_mla.ops import (  # noqa: E402
     available_isas,
     concat_and_cache_mla,

@@ -159,17 +159,21 @@ class MLAAttention(nn.Module):
                 raise ValueError("cos, sin: got None, but the layer has rotary dims")
             q_pe = rotate(q_pe, cos, sin, self.rope_interleave)
             k_pe = rotate(k_pe.unsqueeze(2), cos, sin, self.rope_interleave).squeeze(2)
+        # Under autocast, or with angles of another dtype, the parts differ.
+        q_pe = q_pe.to(q_nope.dtype)
+        k_pe = k_pe.to(kv_c.dtype)
 
         concat_and_cache_mla(
             kv_c.detach(), k_pe.detach(), kv_cache, slot_mapping, self.kv_cache_dtype
         )
         heads_width = self.qk_nope_head_dim + self.v_head_dim
+        w_kv_b = self.kv_b_proj.weight.to(q_nope.dtype)
         out, _ = mla_attention_kv_b(
             q_nope,
             kv_cache,
             block_table,
             cache_seqlens,
-            self.kv_b_proj.weight.view(self.num_heads, heads_width, self.kv_lora_rank),
+            w_kv_b.view(self.num_heads, heads_width, self.kv_lora_rank),
             self.v_head_dim,
             self.softmax_scale,
             causal=causal,

@@ -23,8 +23,19 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
 bool requires_grad(const Tensor& t) { return t.requires_grad(); }
 bool requires_grad(const OptionalTensor& t) { return t.has_value() && t->requires_grad(); }
 
+// Forward mode has no formula: without this check, results would silently have no tangent.
+void refuse_tangent(const Tensor& t) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!t._fw_grad(/*level=*/0).defined(),
+                              "forward-mode gradients (jvp) of attention are not implemented; "
+                              "use reverse mode (backward, torch.autograd.grad)");
+}
+void refuse_tangent(const OptionalTensor& t) {
+  if (t.has_value()) refuse_tangent(*t);
+}
+
 template <class... Tensors>
 bool records(const Tensors&... tensors) {
+  (refuse_tangent(tensors), ...);
   return c10::GradMode::is_enabled() && (requires_grad(tensors) || ...);
 }
 
