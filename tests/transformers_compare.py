@@ -118,10 +118,14 @@ def assistant_of(model: PreTrainedModel) -> PreTrainedModel:
     return assistant
 
 
+def assert_same_logits(actual: Tensor, expected: Tensor, step: int = 0) -> None:
+    error = (actual - expected).abs().max() / expected.abs().max()
+    assert error <= TOLERANCE, f"step {step}: logits differ by {error:.1e} of the largest"
+
+
 def assert_same(actual: Trace, expected: Trace) -> None:
     for step, (a, e) in enumerate(zip(actual.logits, expected.logits, strict=True)):
-        error = (a - e).abs().max() / e.abs().max()
-        assert error <= TOLERANCE, f"step {step}: logits differ by {error:.1e} of the largest"
+        assert_same_logits(a, e, step)
     assert torch.equal(actual.tokens, expected.tokens)
 
 

@@ -9,15 +9,15 @@ anything.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_flash_mla import ops
+from torch_flash_mla import _cache_file, ops
 from torch_flash_mla.formats import FLOAT_DTYPES, row_bytes
-
-_GROWTH = 1.5
 
 
 class BlockAllocator:
@@ -77,10 +77,12 @@ class PagedLatentCache:
                 ...
             )
 
-    Without ``max_cache_len`` pools start empty and grow by half. With it, every tensor is allocated
+    Without ``max_cache_len`` pools start empty and grow, by half while they are small and by an
+    eighth from 64 blocks on: copying what is there costs about ten writes per token, and forks of a
+    long prompt stay about as large as the prompt. With it, every tensor is allocated
     at once, each sequence owns blocks for its full length, and ``reserve`` and ``append`` are
     tensor operations only, so a compiled step captures them in one graph. Everything else
-    (``truncate``, ``reorder``, ``fork``, ``free``, ``reset``) runs between steps.
+    (``truncate``, ``reorder``, ``fork``, ``free``, ``reset``, ``save``) runs between steps.
 
     One rule keeps shared blocks safe in both modes: blocks from a sequence's length on belong to
     that sequence alone. Whoever breaks it (a fork in the middle of a block, a truncation into a
@@ -146,11 +148,20 @@ class PagedLatentCache:
         ]
         self._allocate(max_batch)
 
-    def define_layer(self, layer: int, latent_dim: int, rope_dim: int) -> None:
+    def define_layer(
+        self, layer: int, latent_dim: int, rope_dim: int, stored: Tensor | None = None
+    ) -> None:
         """Gives a layer that was made without dims its pool. Before the layer's first ``append``.
 
+        Args:
+            layer: index of the pool.
+            latent_dim: L.
+            rope_dim: R.
+            stored: contents of the first blocks, [blocks, block_size, row], taken over without a
+                copy where it is the whole pool.
+
         Raises:
-            ValueError: the layer has other dims already.
+            ValueError: the layer has other dims already, or ``stored`` is no such pool.
         """
         dims = self.latent_dims[layer], self.rope_dims[layer]
         if dims == (latent_dim, rope_dim):
@@ -159,10 +170,26 @@ class PagedLatentCache:
             raise ValueError(
                 f"layer {layer}: got L, R = {latent_dim}, {rope_dim}, but it has L, R = {dims}"
             )
+        row_shape = self._row_shape(latent_dim, rope_dim)
+        if stored is not None and (
+            stored.dtype != self._storage_dtype
+            or stored.shape[1:] != row_shape
+            or stored.shape[0] > self.allocator.num_blocks
+        ):
+            raise ValueError(
+                f"pool.{layer}: got {stored.dtype} {list(stored.shape)}, expected "
+                f"{self._storage_dtype} {[self.allocator.num_blocks, *row_shape]}"
+            )
         self.latent_dims[layer], self.rope_dims[layer] = latent_dim, rope_dim
-        self._row_shapes[layer] = self._row_shape(latent_dim, rope_dim)
+        self._row_shapes[layer] = row_shape
+        if stored is not None and stored.shape[0] == self.allocator.num_blocks:
+            self._pools[layer] = stored
+            return
         with torch.inference_mode(False):
-            self._pools[layer] = self._new_pool(self._row_shapes[layer])
+            pool = self._new_pool(row_shape)
+        if stored is not None:
+            pool[: stored.shape[0]] = stored
+        self._pools[layer] = pool
 
     # Shape and size
 
@@ -181,6 +208,11 @@ class PagedLatentCache:
         return sum(row for _, row in self._row_shapes) * self._storage_dtype.itemsize
 
     @property
+    def num_used_blocks(self) -> int:
+        """Blocks that some sequence holds, each counted once however many share it."""
+        return self.allocator.num_blocks - self.allocator.num_free
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated: pools, block table and lengths."""
         return sum(t.nbytes for t in (*self._pools, self.block_table, self.cache_seqlens))
@@ -195,8 +227,16 @@ class PagedLatentCache:
 
     # A step: reserve once, append and attend in each layer
 
-    def reserve(self, batch: int, new_tokens: int) -> Tensor:
+    def reserve(self, batch: int, new_tokens: int, copies: int = 1) -> Tensor:
         """Makes room for ``new_tokens`` more tokens in each of the first ``batch`` sequences.
+
+        Args:
+            batch: sequences that get tokens.
+            new_tokens: tokens for each.
+            copies: sequences i * copies .. (i + 1) * copies - 1 are equal and get the same tokens
+                now (one prompt, several samples of it). Then they share the blocks that these
+                tokens fill: the first of them writes, slot -1 makes ``append`` skip the others.
+                With fixed tensors nothing is shared.
 
         Returns:
             int64 [batch, new_tokens]: the slot of each token, also kept as ``slot_mapping`` for
@@ -205,11 +245,13 @@ class PagedLatentCache:
         Raises:
             ValueError: the batch or the tokens do not fit the fixed tensors. (A compiled step
                 cannot look: there the tokens that do not fit are not written, and attention refuses
-                the length.)
+                the length.) Or ``copies`` that do not divide the batch, or of unequal lengths.
         """
+        if copies != 1:
+            self._check_copies(batch, copies)
         self._ensure_rows(batch)
         if self.max_blocks is None:
-            self._make_room(batch, new_tokens)
+            self._make_room(batch, new_tokens, copies)
         elif not torch.compiler.is_compiling():
             self._check_room(batch, new_tokens)
         self.batch = max(self.batch, batch)
@@ -222,6 +264,11 @@ class PagedLatentCache:
         slots = blocks * self.block_size + positions % self.block_size
         if self.max_blocks is not None:
             slots = torch.where(positions < self.max_blocks * self.block_size, slots, -1)
+        elif copies > 1:
+            first, end = self._filled_blocks(lengths, new_tokens)
+            shared = (columns >= first[:, None]) & (columns < end[:, None])
+            shared[::copies] = False  # these write
+            slots = slots.masked_fill(shared, -1)
         lengths += new_tokens
         self.slot_mapping = slots
         return slots
@@ -334,6 +381,152 @@ class PagedLatentCache:
         self.batch = 0
         self.slot_mapping = None
 
+    # On disk
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the sequences in use to a file that :meth:`load` reads: safetensors, shared blocks
+        once, free blocks not at all.
+
+        The file appears whole or not at all, and replaces one of the same name. Blocks that do not
+        lie in order in their pool are copied first, which takes their size in memory.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        header, tensors = self.snapshot()
+        _cache_file.write(path, type(self).__name__, header, tensors)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], mmap: bool = True) -> PagedLatentCache:
+        """A cache as :meth:`save` found it, with lengths, sharing, and fixed tensors if it had
+        them. It can be used in every way; the file stays as it is.
+
+        Args:
+            path: a file of :meth:`save`.
+            mmap: map the pools instead of reading them. Pages come from the file when attention
+                first reads them, those that are written to become private copies, and a pool that
+                grows is copied to memory then. The file must not be rewritten in place meanwhile
+                (replacing or deleting it is fine). Fixed tensors are always read at once.
+
+        Raises:
+            OSError: the file cannot be opened.
+            ValueError: not such a file, of another version, or damaged. (The rows themselves carry
+                no checksum.)
+        """
+        header, tensors = _cache_file.read(path, cls.__name__)
+        with _cache_file.decoding(path):
+            return cls.from_snapshot(header, tensors, mmap)
+
+    def snapshot(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What :meth:`save` stores: a header for JSON, and the pools by name, unused blocks left
+        out."""
+        lengths = self.cache_seqlens[: self.batch].tolist()
+        held = [
+            blocks[: self._blocks_of(n)] for blocks, n in zip(self._blocks, lengths, strict=False)
+        ]
+        used = sorted({block for blocks in held for block in blocks})
+        place = {block: i for i, block in enumerate(used)}
+        header = {
+            "block_size": self.block_size,
+            "kv_cache_dtype": self.kv_cache_dtype,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "latent_dims": self.latent_dims,
+            "rope_dims": self.rope_dims,
+            "max_batch": self.max_batch,
+            "max_cache_len": self.max_cache_len,
+            "lengths": lengths,
+            "num_blocks": len(used),
+            "block_table": [[place[block] for block in blocks] for blocks in held],
+        }
+        self._clear_behind(lengths)
+        in_order = used == list(range(len(used)))
+        tensors = {}
+        for layer, pool in enumerate(self._pools):
+            if pool.shape[-1]:
+                rows = pool[: len(used)] if in_order else pool[torch.tensor(used)]
+                tensors[f"pool.{layer}"] = rows
+        return header, tensors
+
+    @classmethod
+    def from_snapshot(
+        cls, header: Mapping[str, Any], tensors: Any, mmap: bool = True
+    ) -> PagedLatentCache:
+        """The inverse of :meth:`snapshot`; ``tensors[name]`` gives a pool. Arguments and errors are
+        those of :meth:`load`."""
+        dtype = getattr(torch, header["dtype"], None)
+        if dtype not in FLOAT_DTYPES:
+            raise ValueError(f"dtype: got {header['dtype']!r}, expected one of {FLOAT_DTYPES}")
+        latent_dims, rope_dims = header["latent_dims"], header["rope_dims"]
+        cache = cls(
+            len(latent_dims),
+            None,
+            None,
+            dtype=dtype,
+            kv_cache_dtype=header["kv_cache_dtype"],
+            block_size=header["block_size"],
+            max_batch=header["max_batch"],
+            max_cache_len=header["max_cache_len"],
+        )
+        cache._adopt(header["lengths"], header["block_table"], header["num_blocks"], not mmap)
+        for layer, (latent, rope) in enumerate(zip(latent_dims, rope_dims, strict=True)):
+            if latent or rope:
+                cache.define_layer(layer, latent, rope, tensors[f"pool.{layer}"])
+        return cache
+
+    def _adopt(
+        self, lengths: list[int], table: list[list[int]], num_blocks: int, with_room: bool
+    ) -> None:
+        """Gives an empty cache the sequences of a snapshot, in blocks 0 .. num_blocks - 1."""
+        batch = len(lengths)
+        if not 0 <= num_blocks <= sum(map(len, table)):
+            raise ValueError(f"num_blocks: got {num_blocks} for {sum(map(len, table))} entries")
+        if batch > self.max_batch or len(table) != batch:
+            raise ValueError(f"block_table: got {len(table)} rows for {batch} of {self.max_batch}")
+        if self.max_cache_len is not None and max(lengths, default=0) > self.max_cache_len:
+            raise ValueError(f"lengths: got {max(lengths)}, expected at most {self.max_cache_len}")
+        references = [0] * num_blocks
+        for row, (blocks, length) in enumerate(zip(table, lengths, strict=True)):
+            if length < 0 or len(blocks) != self._blocks_of(length):
+                raise ValueError(f"block_table: row {row} has {len(blocks)} blocks for {length}")
+            for block in blocks:
+                if not 0 <= block < num_blocks:
+                    raise ValueError(f"block_table: got {block}, expected 0 .. {num_blocks - 1}")
+                references[block] += 1
+        partial = [b[-1] for b, n in zip(table, lengths, strict=True) if n % self.block_size]
+        if 0 in references or any(references[block] > 1 for block in partial):
+            raise ValueError("block_table: a block is unused, or partly filled and shared")
+
+        if self.max_blocks is not None:
+            total = self.max_batch * self.max_blocks
+        else:
+            total = max(num_blocks + 1, _grown(num_blocks)) if with_room else num_blocks
+        self.allocator = BlockAllocator(total)
+        stored = self.allocator.allocate(num_blocks)  # 0 .. num_blocks - 1, the low ones first
+        for row in range(self.max_batch):
+            blocks = table[row] if row < batch else []
+            self.allocator.share(blocks)
+            reserved = (self.max_blocks or len(blocks)) - len(blocks)
+            self._blocks[row] = blocks + self.allocator.allocate(reserved)
+            self._write_table(row)
+        self.allocator.release(stored)
+        self._write_lengths(dict(enumerate(lengths)))
+        self.batch = batch
+
+    def _clear_behind(self, lengths: list[int]) -> None:
+        """Zeroes the rows behind the end in the last block of each sequence: nobody reads them, but
+        what the memory held before has no place in a file."""
+        slots = [
+            blocks[n // self.block_size] * self.block_size + offset
+            for blocks, n in zip(self._blocks, lengths, strict=False)
+            if n % self.block_size
+            for offset in range(n % self.block_size, self.block_size)
+        ]
+        if slots:
+            index = torch.tensor(slots)
+            for pool in self._pools:
+                if pool.shape[-1]:
+                    pool.view(-1, pool.shape[-1])[index] = 0
+
     # Blocks
 
     @property
@@ -372,18 +565,41 @@ class PagedLatentCache:
                 f"of max_cache_len={room}"
             )
 
-    def _make_room(self, batch: int, new_tokens: int) -> None:
+    def _make_room(self, batch: int, new_tokens: int, copies: int) -> None:
         """Growing mode: gives each sequence the blocks that its next tokens need."""
         lengths = self.cache_seqlens[:batch].tolist()
-        missing = [
-            max(0, self._blocks_of(length + new_tokens) - len(blocks))
-            for length, blocks in zip(lengths, self._blocks, strict=False)
-        ]
+        missing = []
+        shared = []  # columns of the blocks that a row takes from the first of its copies
+        for row, length in enumerate(lengths):
+            first, end = self._filled_blocks(length, new_tokens) if row % copies else (0, 0)
+            shared.append(slice(first, max(first, end)))
+            count = self._blocks_of(length + new_tokens) - len(self._blocks[row])
+            missing.append(max(0, count - max(0, end - first)))
         self._ensure_free(sum(missing))
         for row, count in enumerate(missing):
-            if count:
-                self._blocks[row] += self.allocator.allocate(count)
-                self._write_table(row, first=len(self._blocks[row]) - count)
+            before = len(self._blocks[row])
+            common = self._blocks[row - row % copies][shared[row]]
+            self.allocator.share(common)
+            self._blocks[row] += common + self.allocator.allocate(count)
+            if len(self._blocks[row]) > before:
+                self._write_table(row, first=before)
+
+    def _filled_blocks(self, length: Any, new_tokens: int) -> tuple[Any, Any]:
+        """Columns [first, end) of the blocks that the next tokens fill from their start; of an int
+        or a tensor."""
+        return -(-length // self.block_size), (length + new_tokens) // self.block_size
+
+    def _check_copies(self, batch: int, copies: int) -> None:
+        if copies < 1 or batch % copies:
+            raise ValueError(f"copies: got {copies}, expected a divisor of the batch {batch}")
+        lengths = self.cache_seqlens[: min(batch, self.max_batch)].tolist()
+        lengths += [0] * (batch - len(lengths))
+        for row, length in enumerate(lengths):
+            if length != lengths[row - row % copies]:
+                raise ValueError(
+                    f"copies: got {copies}, but sequences {row - row % copies} and {row} hold "
+                    f"{lengths[row - row % copies]} and {length} tokens"
+                )
 
     def _shorten(self, rows: dict[int, int]) -> None:
         """Sets the lengths of some rows, none above the present one."""
@@ -450,7 +666,7 @@ class PagedLatentCache:
         needed = self.allocator.num_blocks - self.allocator.num_free + count
         if needed <= self.allocator.num_blocks:
             return
-        self.allocator.grow(max(needed, int(_GROWTH * self.allocator.num_blocks)))
+        self.allocator.grow(max(needed, _grown(self.allocator.num_blocks)))
         for layer, old in enumerate(self._pools):
             with torch.inference_mode(False):
                 pool = self._new_pool(self._row_shapes[layer])
@@ -474,7 +690,7 @@ class PagedLatentCache:
         blocks = self._blocks[row]
         columns = self.block_table.shape[1]
         if len(blocks) > columns:
-            columns = max(len(blocks), int(_GROWTH * columns))
+            columns = max(len(blocks), columns + columns // 2)
             with torch.inference_mode(False):
                 self.block_table = _enlarged(self.block_table, (self.max_batch, columns))
         self.block_table[row, first : len(blocks)] = torch.tensor(blocks[first:], dtype=torch.int32)
@@ -494,6 +710,12 @@ def _per_layer(name: str, value: int | Sequence[int] | None, num_layers: int) ->
     if any(v < lowest for v in values):
         raise ValueError(f"{name}: got {min(values)}, expected at least {lowest}")
     return values
+
+
+def _grown(num_blocks: int) -> int:
+    """Blocks of the next larger pool: half as many more, at 16 and above 8, at 64 and above an
+    eighth."""
+    return num_blocks + max(min(num_blocks // 2, 8), num_blocks // 8)
 
 
 def _int_list(values: Tensor | Sequence[int]) -> list[int]:

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import Version
-from torch import nn
+from torch import Tensor, nn
 
 _OLDEST = Version("5.15")  # the first release whose MLA layers cache the latent
 _OLDEST_SPARSE = Version("5.18")  # the same for layers with an indexer
@@ -134,23 +134,60 @@ class _CacheForGeneration:
         self.__init__(**state)  # type: ignore[misc]
 
     def __call__(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         model = self.model
         stock = type(model)._prepare_cache_for_generation
+        cache = model_kwargs.get(_CACHE_ARGUMENT)
+        copies = max(generation_config.num_beams, generation_config.num_return_sequences)
+        mask = _whole_mask(generation_config, model_kwargs, batch_size * copies)
+        if isinstance(cache, MLACache) and mask is not None:
+            _continue(cache, mask, 1 if model.training else copies)
         explicit = (
-            model_kwargs.get(_CACHE_ARGUMENT) is not None
+            cache is not None
             or generation_config.cache_implementation is not None
             or generation_config.use_cache is False
         )
         if explicit:
-            return stock(model, generation_config, model_kwargs, *args, **kwargs)
+            return stock(
+                model, generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs
+            )
         layers = {m.layer_idx for m in model.modules() if patch_state(m) is not None}
         cache = MLACache(model.config, self.kv_cache_dtype, layers=layers)
+        if mask is not None and not model.training:  # dropout may make the copies differ
+            cache.share_prompt(copies, mask.shape[1])
         model_kwargs[_CACHE_ARGUMENT] = cache
         if generation_config.is_assistant:
             cache.activate_past_recording()
         return None
+
+
+def _whole_mask(generation_config: Any, model_kwargs: dict[str, Any], batch: int) -> Tensor | None:
+    """The mask [B, S] of cached and new tokens. transformers drops one that is all ones, and keeps
+    its width."""
+    mask = model_kwargs.get("attention_mask")
+    width = getattr(generation_config, "_mask_length", None)
+    if mask is None and width is not None:
+        return torch.ones(batch, width, dtype=torch.long)
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _continue(cache: MLACache, mask: Tensor, copies: int) -> None:
+    """Prepares a cache of the user's for a call with ``mask`` [B, S]: ``copies`` rows per input."""
+    if cache.batch_size < 0:
+        cache.share_prompt(copies, mask.shape[1])
+        return
+    if copies > 1 and cache.batch_size * copies == len(mask):
+        cache.fork(copies)
+    cache.check_continuation(mask)
+    if int(cache.get_seq_length()) == mask.shape[1]:
+        cache.crop(-1)  # all of it is cached, but the next token takes the logits of the last one
 
 
 def patch(model: nn.Module, kv_cache_dtype: str = "auto", strict: bool = True) -> PatchReport:
