@@ -27,26 +27,32 @@ namespace {
 
 constexpr float kLn2 = 0.69314718055994531f;
 
+inline float sink_logit(const AttentionParams& p, int32_t sequence, int32_t head) {
+  return p.attn_sink[sequence * p.attn_sink_stride[0] + head * p.attn_sink_stride[1]];
+}
+
 // Divides by the sum, puts the dims back in order and writes the rows out; or, for a partial
-// result, into its slot: [rows][L] f32 and [rows] log-sum-exp.
+// result, into its slot: [rows][value] f32 and [rows] log-sum-exp.
 template <class Simd, class Arithmetic>
 void finish(const AttentionParams& p, BlockShape shape, const WorkItem& item,
             const RowLayout& layout, const Scratch& s, float* partials) {
   constexpr int kStep = Simd::kLanes * Arithmetic::kGroup;
-  const int32_t latent = layout.latent;
+  const int32_t width = layout.value_width, first_token = query_tokens(p, item.sequence).begin;
   float* part =
-      item.partial < 0 ? nullptr : partials + item.partial * partial_floats(shape, latent);
+      item.partial < 0 ? nullptr : partials + item.partial * partial_floats(shape, width);
   for (int32_t r = 0; item.row_begin + r < item.row_end; ++r) {
-    const int32_t token = (item.row_begin + r) / p.heads, head = (item.row_begin + r) % p.heads;
+    const int32_t token = first_token + (item.row_begin + r) / p.heads,
+                  head = (item.row_begin + r) % p.heads;
     const float sum = s.sum[r];
     const float lse = sum == 0 ? -__builtin_inff() : s.maximum[r] * kLn2 + logf(sum);
     float total = sum;
     if (part) {
-      part[static_cast<int64_t>(shape.rows) * latent + r] = lse;
+      part[static_cast<int64_t>(shape.rows) * width + r] = lse;
     } else {
       p.lse[item.sequence * p.lse_stride[0] + head * p.lse_stride[1] + token * p.lse_stride[2]] =
           lse;
-      if (p.attn_sink && sum != 0) total += expf(p.attn_sink[head] - s.maximum[r] * kLn2);
+      if (p.attn_sink && sum != 0)
+        total += expf(sink_logit(p, item.sequence, head) - s.maximum[r] * kLn2);
     }
     // A row without keys is 0 by selection, not by multiplication.
     const auto inverse = Simd::set(sum == 0 ? 0.0f : 1 / total);
@@ -60,12 +66,11 @@ void finish(const AttentionParams& p, BlockShape shape, const WorkItem& item,
       for (int i = 0; i < Arithmetic::kGroup; ++i) Simd::store(row + d + i * Simd::kLanes, x[i]);
     }
     if (part) {
-      __builtin_memcpy(part + static_cast<int64_t>(r) * latent, row,
-                       static_cast<size_t>(latent) * 4);
+      __builtin_memcpy(part + static_cast<int64_t>(r) * width, row, static_cast<size_t>(width) * 4);
     } else {
       std::byte* to = p.out.data + item.sequence * p.out.stride[0] + token * p.out.stride[1] +
                       head * p.out.stride[2];
-      store_values<Simd>(p.q_type, row, latent, to);
+      store_values<Simd>(p.out_type, row, width, to);
     }
   }
 }
@@ -76,8 +81,8 @@ inline int32_t list_positions(const AttentionParams& p, const WorkItem& item, in
                               int32_t end, int32_t* positions) {
   const int32_t token = item.row_begin / p.heads;
   const KeyRange keys = visible_to_token(p, item.sequence, token);
-  const int32_t* list =
-      p.indices + item.sequence * p.indices_stride[0] + token * p.indices_stride[1];
+  const int32_t* list = p.indices + item.sequence * p.indices_stride[0] +
+                        (query_tokens(p, item.sequence).begin + token) * p.indices_stride[1];
   int32_t count = 0;
   for (int32_t i = begin; i < end; ++i) {
     if (list[i] >= keys.begin && list[i] < keys.end) positions[count++] = list[i];
@@ -88,7 +93,7 @@ inline int32_t list_positions(const AttentionParams& p, const WorkItem& item, in
 template <class Simd, class Arithmetic>
 void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, StageRow stage,
             bool native, float* partials, std::byte* memory) {
-  const RowLayout layout = row_layout<Simd, Arithmetic>(p.cache.latent, p.cache.rope);
+  const RowLayout layout = row_layout<Simd, Arithmetic>(p.cache);
   Scratch s;
   lay_out<Simd, Arithmetic>(layout, shape, memory, s);
   const int32_t used = item.row_end - item.row_begin;
@@ -144,12 +149,13 @@ void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, St
 template <class Simd>
 void merge(const AttentionParams& p, BlockShape shape, const MergeItem& item,
            const float* partials) {
-  const int32_t latent = p.cache.latent;
-  const int64_t slot = partial_floats(shape, latent);
+  const int32_t width = p.cache.value, first_token = query_tokens(p, item.sequence).begin;
+  const int64_t slot = partial_floats(shape, width);
   const float* first = partials + item.first * slot;
   for (int32_t r = 0; item.row_begin + r < item.row_end; ++r) {
-    const int32_t token = (item.row_begin + r) / p.heads, head = (item.row_begin + r) % p.heads;
-    const float* lse = first + static_cast<int64_t>(shape.rows) * latent + r;
+    const int32_t token = first_token + (item.row_begin + r) / p.heads,
+                  head = (item.row_begin + r) % p.heads;
+    const float* lse = first + static_cast<int64_t>(shape.rows) * width + r;
     float most = -__builtin_inff();
     bool nan = false;
     for (int32_t i = 0; i < item.count; ++i) {
@@ -162,20 +168,21 @@ void merge(const AttentionParams& p, BlockShape shape, const MergeItem& item,
       sum += lse[i * slot] == -__builtin_inff() ? 0 : expf(lse[i * slot] - most);
     p.lse[item.sequence * p.lse_stride[0] + head * p.lse_stride[1] + token * p.lse_stride[2]] =
         none ? -__builtin_inff() : most + logf(sum);
-    const float total = p.attn_sink && !none ? sum + expf(p.attn_sink[head] - most) : sum;
+    const float total =
+        p.attn_sink && !none ? sum + expf(sink_logit(p, item.sequence, head) - most) : sum;
     std::byte* to = p.out.data + item.sequence * p.out.stride[0] + token * p.out.stride[1] +
                     head * p.out.stride[2];
     constexpr int32_t kChunk = 512;
-    for (int32_t d0 = 0; d0 < latent; d0 += kChunk) {
+    for (int32_t d0 = 0; d0 < width; d0 += kChunk) {
       float x[kChunk] = {};
-      const int32_t n = latent - d0 < kChunk ? latent - d0 : kChunk;
+      const int32_t n = width - d0 < kChunk ? width - d0 : kChunk;
       for (int32_t i = 0; i < item.count && !none; ++i) {
         if (lse[i * slot] == -__builtin_inff()) continue;
         const float weight = expf(lse[i * slot] - most) / total;
-        const float* from = first + i * slot + static_cast<int64_t>(r) * latent + d0;
+        const float* from = first + i * slot + static_cast<int64_t>(r) * width + d0;
         for (int32_t d = 0; d < n; ++d) x[d] += weight * from[d];
       }
-      store_values<Simd>(p.q_type, x, n, to + d0 * size_of(p.q_type));
+      store_values<Simd>(p.out_type, x, n, to + d0 * size_of(p.out_type));
     }
   }
 }

@@ -108,7 +108,7 @@ void merge_states(const MergeParams& p, const Executor& executor) {
       float x = 0;
       if (wa != 0) x += wa / total * load_scalar(p.type, a, d);
       if (wb != 0) x += wb / total * load_scalar(p.type, c, d);
-      store_scalar(p.type, out, d, x);
+      store_scalar(p.out_type, out, d, x);
     }
   };
   run_rows(executor, static_cast<int64_t>(p.batch) * p.q_len * p.heads,

@@ -15,7 +15,7 @@ namespace {
 // format.
 struct Pipeline {
   BlockShape (*block_shape)(const RowLayout& layout);
-  RowLayout (*row_layout)(int32_t latent, int32_t rope);
+  RowLayout (*row_layout)(const CacheView& cache);
   size_t (*lay_out)(const RowLayout& layout, BlockShape shape, std::byte* base, Scratch& s);
   void (*attend)(const AttentionParams& p, BlockShape shape, const WorkItem& item, StageRow stage,
                  bool native, float* partials, std::byte* memory);
@@ -25,9 +25,11 @@ struct Pipeline {
 };
 
 template <class Simd, class Arithmetic, class Format>
-void stage_row(const std::byte* kv_c, const std::byte* k_pe, const RowLayout& layout,
-               std::byte* row) {
-  Format::stage(Arithmetic{}, kv_c, k_pe, layout, row);
+void stage_row(const RowAddress& from, const RowLayout& layout, std::byte* row) {
+  Format::stage(Arithmetic{}, from.kv_c, from.k_pe, layout, row);
+  if constexpr (!Format::kPacked) {
+    if (from.v) Format::stage_value(Arithmetic{}, from.v, layout, row);
+  }
 }
 
 template <class Simd, class Arithmetic, class Format>
@@ -77,14 +79,14 @@ struct Level {
   }
 
   static BlockShape block_shape(const AttentionParams& p) {
-    return of(p).block_shape(of(p).row_layout(p.cache.latent, p.cache.rope));
+    return of(p).block_shape(of(p).row_layout(p.cache));
   }
   static size_t scratch_bytes(const AttentionParams& p, BlockShape shape) {
     Scratch unused;
-    return of(p).lay_out(of(p).row_layout(p.cache.latent, p.cache.rope), shape, nullptr, unused);
+    return of(p).lay_out(of(p).row_layout(p.cache), shape, nullptr, unused);
   }
   static int64_t partial_floats(const AttentionParams& p, BlockShape shape) {
-    return flashmla::partial_floats(shape, p.cache.latent);
+    return flashmla::partial_floats(shape, p.cache.value);
   }
   static void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item,
                      float* partials, std::byte* scratch) {

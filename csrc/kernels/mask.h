@@ -53,7 +53,7 @@ struct MaskRow {
 };
 
 inline MaskRow mask_row(const AttentionParams& p, int32_t sequence, int32_t row) {
-  const int32_t token = row / p.heads, head = row % p.heads;
+  const int32_t token = query_tokens(p, sequence).begin + row / p.heads, head = row % p.heads;
   return {p.mask_type, p.mask + sequence * p.mask_stride[0] + head * p.mask_stride[1] +
                            token * p.mask_stride[2]};
 }
@@ -85,7 +85,9 @@ inline bool find_ranges(const AttentionParams& p, const WorkItem& item, int32_t 
     int32_t first = keys.begin > item.key_begin ? keys.begin : item.key_begin;
     int32_t limit = keys.end < item.key_end ? keys.end : item.key_end;
     if (limit < first) limit = first;
-    if (p.mask_type != MaskType::kNone) {
+    if (p.key_ranges) {
+      holes = p.mask_type != MaskType::kNone;  // the ranges of the mask are known
+    } else if (p.mask_type != MaskType::kNone) {
       const MaskRow mask = mask_row(p, item.sequence, item.row_begin + r);
       if (r > 0 && same_mask(p, item, r, r - 1)) {
         first = s.first[r - 1];

@@ -53,8 +53,8 @@ class Emitter {
 template <class Visit>
 void for_each_block(const AttentionParams& p, BlockShape shape, Visit visit) {
   // Index lists differ from token to token: the rows of a block share one.
-  const int32_t rows = p.heads * p.q_len, span = p.indices ? p.heads : rows;
   for (int32_t b = 0; b < p.batch; ++b) {
+    const int32_t rows = p.heads * query_tokens(p, b).count, span = p.indices ? p.heads : rows;
     for (int32_t r = 0; r < rows; r += span) {
       for (int32_t begin = r; begin < r + span; begin += shape.rows) {
         const int32_t end = std::min(r + span, begin + shape.rows);
@@ -127,6 +127,16 @@ void plan_balanced(const AttentionParams& p, BlockShape shape, int32_t workers, 
 KeyRange visible_keys(const AttentionParams& p, int32_t sequence, int32_t token_begin,
                       int32_t token_end) {
   if (p.indices) return {0, listed(p, sequence)};
+  if (p.key_ranges) {
+    KeyRange all = {0, 0};
+    for (int32_t token = token_begin; token < token_end; ++token) {
+      const KeyRange keys = visible_to_token(p, sequence, token);
+      if (keys.begin >= keys.end) continue;
+      if (all.begin >= all.end) all = keys;
+      all = {std::min(all.begin, keys.begin), std::max(all.end, keys.end)};
+    }
+    return all;
+  }
   // Both ends grow with the token, so the first and the last token bound the block.
   const KeyRange first = visible_to_token(p, sequence, token_begin),
                  last = visible_to_token(p, sequence, token_end - 1);

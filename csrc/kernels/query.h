@@ -8,6 +8,7 @@
 #include "kernels/plan.h"
 #include "kernels/scratch.h"
 #include "kernels/values.h"
+#include "kernels/visible.h"
 
 namespace flashmla {
 namespace {
@@ -82,6 +83,7 @@ template <class Simd, class Arithmetic>
 void pack_queries(const AttentionParams& p, const WorkItem& item, const RowLayout& layout,
                   int vectors, float factor, Scratch& s) {
   const float sign = p.softmax_scale < 0 ? -1.0f : 1.0f;
+  const int32_t first_token = query_tokens(p, item.sequence).begin;
   using Word = typename Simd::Word;
   const int32_t rows = item.row_end - item.row_begin;
   const int32_t words = layout.groups[0] + layout.groups[1];
@@ -97,7 +99,8 @@ void pack_queries(const AttentionParams& p, const WorkItem& item, const RowLayou
           __builtin_memset(row, 0, layout.stride);
           continue;
         }
-        const int32_t token = (item.row_begin + r) / p.heads, head = (item.row_begin + r) % p.heads;
+        const int32_t token = first_token + (item.row_begin + r) / p.heads,
+                      head = (item.row_begin + r) % p.heads;
         encode_query<Simd, Arithmetic>(p.q_type, query_row(p.q, item.sequence, token, head),
                                        layout.latent, sign, factor, row, s.query_scale[0] + r,
                                        s.query_sum[0] + r);

@@ -32,9 +32,9 @@ struct Scratch {
   int32_t* positions;       // [tile]: cache positions of the tokens of a tile
 };
 
-// Floats of one partial result: [rows][L] values and [rows] log-sum-exp.
-inline int64_t partial_floats(BlockShape shape, int32_t latent) {
-  return static_cast<int64_t>(shape.rows) * (latent + 1);
+// Floats of one partial result: [rows][value] and [rows] log-sum-exp.
+inline int64_t partial_floats(BlockShape shape, int32_t value) {
+  return static_cast<int64_t>(shape.rows) * (value + 1);
 }
 
 // Assigns the pieces from `base` on (which may be null, to measure). Returns the bytes used.

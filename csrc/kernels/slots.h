@@ -11,6 +11,7 @@ namespace {
 struct RowAddress {
   const std::byte* kv_c;
   const std::byte* k_pe;
+  const std::byte* v;  // null: the values are in kv_c
 };
 
 // The pages of one sequence.
@@ -35,7 +36,8 @@ class Slots {
     }
     return {
         cache_.kv_c.data + block * cache_.kv_c.block_stride + offset * cache_.kv_c.token_stride,
-        cache_.k_pe.data + block * cache_.k_pe.block_stride + offset * cache_.k_pe.token_stride};
+        cache_.k_pe.data + block * cache_.k_pe.block_stride + offset * cache_.k_pe.token_stride,
+        cache_.v.data + block * cache_.v.block_stride + offset * cache_.v.token_stride};
   }
 
   // Tokens [16 i, 16 i + 16) are neighbours in memory, for every i.

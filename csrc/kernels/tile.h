@@ -28,8 +28,7 @@ struct Tile {
   Span value;
 };
 
-using StageRow = void (*)(const std::byte* kv_c, const std::byte* k_pe, const RowLayout& layout,
-                          std::byte* row);
+using StageRow = void (*)(const RowAddress& from, const RowLayout& layout, std::byte* row);
 
 // Makes the tiles of one work item.
 class Tiles {
@@ -71,7 +70,9 @@ class Tiles {
       const RowAddress row = slots_[g < groups || token < next_end ? token : end - kPage];
       tile.key[0].group[g] = row.kv_c;
       tile.key[1].group[g] = row.k_pe;
+      tile.value.group[g] = row.v;
     }
+    tile.value.stride = cache_.v.token_stride;
     tile.key[0].stride = cache_.kv_c.token_stride;
     tile.key[1].stride = cache_.k_pe.token_stride;
     // Packed rows: the scales follow the codes, one f32 per segment.
@@ -97,7 +98,7 @@ class Tiles {
     for (int32_t t = begin; t < end; ++t, row += layout_.stride) {
       if (t + kAhead < next_end) prefetch_row(slots_[position(t + kAhead)]);
       const RowAddress from = slots_[position(t)];
-      stage_(from.kv_c, from.k_pe, layout_, row);
+      stage_(from, layout_, row);
     }
     // Padding rows are zero, scales included (0 * NaN would be NaN).
     const int64_t rest = static_cast<int64_t>(tile.tokens - tile.valid) * layout_.stride;
@@ -106,8 +107,9 @@ class Tiles {
       const int32_t in_tile = g < tile.tokens / kPage ? g : 0;
       tile.key[0].group[g] = scratch_ + in_tile * kPage * layout_.stride;
       tile.key[1].group[g] = tile.key[0].group[g] + layout_.rope_offset;
+      tile.value.group[g] = tile.key[0].group[g] + layout_.value_offset;
     }
-    tile.key[0].stride = tile.key[1].stride = layout_.stride;
+    tile.key[0].stride = tile.key[1].stride = tile.value.stride = layout_.stride;
     tile.key[0].scale = layout_.scale_offset;
     tile.key[1].scale = layout_.scale_offset + 4 - layout_.rope_offset;
     return finish(tile);
@@ -116,12 +118,13 @@ class Tiles {
   Tile finish(Tile tile) const {
     tile.key[0].words = layout_.groups[0];
     tile.key[1].words = layout_.groups[1];
-    tile.value = tile.key[0];
+    if (layout_.value_offset == 0) tile.value = tile.key[0];
     return tile;
   }
 
   void prefetch_row(const RowAddress& row) const {
     prefetch_bytes(row.kv_c, cache_.kv_c.token_stride);
+    if (row.v) prefetch_bytes(row.v, cache_.v.token_stride);
     if (cache_.k_pe.data < cache_.kv_c.data ||
         cache_.k_pe.data >= cache_.kv_c.data + cache_.kv_c.token_stride) {
       prefetch_bytes(row.k_pe, cache_.k_pe.token_stride);
@@ -158,8 +161,10 @@ class Tiles {
 // is whole vectors and words of the arithmetic, and the strides suit the cache.
 template <class Simd, class Arithmetic>
 bool suits_direct(const CacheView& cache, int32_t sequence, const RowLayout& layout, int32_t rows) {
-  return Slots(cache, sequence).whole_pages(kPage) && layout.value == layout.latent &&
-         layout.rope % Arithmetic::kGroup == 0 && spreads(cache.kv_c.token_stride, rows);
+  return Slots(cache, sequence).whole_pages(kPage) && layout.value == layout.value_width &&
+         layout.latent % Arithmetic::kGroup == 0 && layout.rope % Arithmetic::kGroup == 0 &&
+         spreads(cache.kv_c.token_stride, rows) &&
+         (layout.value_offset == 0 || spreads(cache.v.token_stride, rows));
 }
 
 }  // namespace

@@ -7,15 +7,30 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kernels/mask_rows.h"
 #include "ops/checks.h"
 #include "ops/parallel.h"
 
 namespace flashmla {
 namespace {
 
-void refuse(const OptionalTensor& t, const char* name, const char* what) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!t.has_value(), name, ": ", what,
-                              " not implemented yet, expected None");
+// Where the queries of each sequence begin among all tokens of a ragged call.
+Tensor check_cu_seqlens(const Tensor& cu_seqlens_q, int64_t tokens) {
+  check_tensor(cu_seqlens_q, "cu_seqlens_q");
+  check_dtype(cu_seqlens_q, "cu_seqlens_q", at::kInt);
+  TORCH_CHECK_VALUE(cu_seqlens_q.dim() == 1 && cu_seqlens_q.size(0) >= 1, "cu_seqlens_q: shape ",
+                    cu_seqlens_q.sizes(), ", expected [B + 1]");
+  const Tensor dense = cu_seqlens_q.contiguous();
+  const int32_t* begin = dense.const_data_ptr<int32_t>();
+  const int64_t batch = dense.size(0) - 1;
+  TORCH_CHECK_VALUE(begin[0] == 0, "cu_seqlens_q[0]: ", begin[0], ", expected 0");
+  for (int64_t b = 0; b < batch; ++b) {
+    TORCH_CHECK_VALUE(begin[b + 1] >= begin[b], "cu_seqlens_q[", b + 1, "]: ", begin[b + 1],
+                      ", expected at least cu_seqlens_q[", b, "] = ", begin[b]);
+  }
+  TORCH_CHECK_VALUE(begin[batch] == tokens, "cu_seqlens_q[", batch, "]: ", begin[batch],
+                    ", expected the number of query tokens, q.size(0) = ", tokens);
+  return dense;
 }
 
 Tensor check_leftpad(const Tensor& leftpad, const Sequences& sequences) {
@@ -48,19 +63,21 @@ MaskType mask_type(at::ScalarType type) {
   }
 }
 
-// The mask as [B or 1, H or 1, Sq or 1, S] with contiguous columns. A copy, where columns are
-// strided, keeps broadcast dimensions at size 1.
-Tensor check_mask(const Tensor& attn_mask, const AttentionParams& p, int32_t longest) {
+// The mask as [B or 1, H or 1, Sq or 1, S] with contiguous columns; ragged: [1, H or 1, T or 1, S].
+// A copy, where columns are strided, keeps broadcast dimensions at size 1.
+Tensor check_mask(const Tensor& attn_mask, const Queries& queries, int32_t longest) {
   check_tensor(attn_mask, "attn_mask");
+  const char* expected = queries.ragged() ? "[H, T, S]" : "[B, H, Sq, S]";
   TORCH_CHECK_VALUE(attn_mask.dim() >= 1 && attn_mask.dim() <= 4, "attn_mask: shape ",
-                    attn_mask.sizes(), ", expected one broadcastable to [B, H, Sq, S]");
+                    attn_mask.sizes(), ", expected one broadcastable to ", expected);
   Tensor mask = attn_mask;
   while (mask.dim() < 4) mask = mask.unsqueeze(0);
-  const int64_t full[3] = {p.batch, p.heads, p.q_len};
+  const int64_t full[3] = {queries.ragged() ? 1 : queries.q.size(0), queries.heads(),
+                           queries.q.size(-3)};
   for (int64_t d = 0; d < 3; ++d) {
     TORCH_CHECK_VALUE(mask.size(d) == 1 || mask.size(d) == full[d], "attn_mask: shape ",
-                      attn_mask.sizes(), ", expected one broadcastable to [B, H, Sq, S] = [",
-                      p.batch, ", ", p.heads, ", ", p.q_len, ", S]");
+                      attn_mask.sizes(), ", expected one broadcastable to ", expected, " with ",
+                      full[0], " sequences, ", full[1], " heads and ", full[2], " query tokens");
   }
   TORCH_CHECK_VALUE(mask.size(3) >= longest, "attn_mask: shape ", attn_mask.sizes(), " has ",
                     mask.size(3), " columns, expected at least max(cache_seqlens) = ", longest);
@@ -73,20 +90,47 @@ Tensor check_mask(const Tensor& attn_mask, const AttentionParams& p, int32_t lon
   return mask;
 }
 
+// Replaces a mask that only hides keys at the ends of its rows by the ranges it leaves; one with
+// holes or values gets them beside. A mask that differs between heads stays as it is.
+void reduce_mask(Attention& attention) {
+  AttentionParams& p = attention.params;
+  const Tensor& mask = attention.attn_mask;
+  if (mask.size(1) != 1) return;
+  const int64_t batch = mask.size(0), tokens = mask.size(2);
+  attention.key_ranges.resize(static_cast<size_t>(2 * batch * tokens));
+  bool holes = false;
+  int32_t* extent = attention.key_ranges.data();
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t s = 0; s < tokens; ++s, extent += 2) {
+      const std::byte* row = p.mask + b * p.mask_stride[0] + s * p.mask_stride[2];
+      holes |= mask_extent(p.mask_type, row, attention.sequences.longest, extent);
+    }
+  }
+  p.key_ranges = attention.key_ranges.data();
+  p.key_ranges_stride[0] = batch == 1 ? 0 : 2 * tokens;
+  p.key_ranges_stride[1] = tokens == 1 ? 0 : 2;
+  if (!holes) p.mask_type = MaskType::kNone;
+}
+
 // Entries of the lists need no check: the kernels skip what no query may see.
-void check_indices(const AttentionArguments& a, Attention& attention) {
+void check_indices(const AttentionArguments& a, const Queries& queries, Attention& attention) {
   AttentionParams& p = attention.params;
   check_tensor(*a.indices, "indices");
   check_dtype(*a.indices, "indices", at::kInt);
-  check_rank(*a.indices, "indices", 3, "[B, Sq, topk]");
-  check_shape(*a.indices, "indices", {p.batch, p.q_len, a.indices->size(2)}, "[B, Sq, topk]");
-  p.topk = check_int32(a.indices->size(2), "indices.size(2)");
-  const bool rows_contiguous = p.topk <= 1 || a.indices->stride(2) == 1;
+  const int64_t topk = a.indices->dim() > 0 ? a.indices->size(-1) : 0;
+  if (queries.ragged()) {
+    check_shape(*a.indices, "indices", {queries.tokens(), topk}, "[T, topk]");
+  } else {
+    check_shape(*a.indices, "indices", {p.batch, p.q_len, topk}, "[B, Sq, topk]");
+  }
+  p.topk = check_int32(topk, "indices.size(-1)");
+  const bool rows_contiguous = p.topk <= 1 || a.indices->stride(-1) == 1;
   attention.indices = rows_contiguous ? *a.indices : a.indices->contiguous();
   // The kernels tell a sparse call by the pointer, which empty lists do not have.
   static const int32_t kNothing = -1;
   p.indices = p.topk > 0 ? attention.indices.const_data_ptr<int32_t>() : &kNothing;
-  for (int d = 0; d < 2; ++d) p.indices_stride[d] = attention.indices.stride(d);
+  p.indices_stride[0] = queries.ragged() ? 0 : attention.indices.stride(0);
+  p.indices_stride[1] = attention.indices.stride(-2);
   if (!a.topk_length.has_value()) return;
   check_tensor(*a.topk_length, "topk_length");
   check_dtype(*a.topk_length, "topk_length", at::kInt);
@@ -95,7 +139,7 @@ void check_indices(const AttentionArguments& a, Attention& attention) {
   p.topk_length = attention.topk_length.const_data_ptr<int32_t>();
   for (int64_t b = 0; b < p.batch; ++b) {
     TORCH_CHECK_VALUE(p.topk_length[b] >= 0 && p.topk_length[b] <= p.topk, "topk_length[", b,
-                      "]: ", p.topk_length[b], ", expected 0 to ", p.topk, " (indices.size(2))");
+                      "]: ", p.topk_length[b], ", expected 0 to ", p.topk, " (indices.size(-1))");
   }
 }
 
@@ -110,41 +154,55 @@ QueryRows Queries::rope_rows() const {
   return rows;
 }
 
-Tensor Queries::main() const { return q_pe.has_value() ? q : q.narrow(3, 0, main_width); }
+Tensor Queries::main() const { return q_pe.has_value() ? q : q.narrow(-1, 0, main_width); }
 
 Tensor Queries::rope() const {
-  return q_pe.has_value() ? *q_pe : q.narrow(3, main_width, rope_width);
+  return q_pe.has_value() ? *q_pe : q.narrow(-1, main_width, rope_width);
 }
 
-Queries check_queries(const Tensor& q, const OptionalTensor& q_pe, int64_t main_width) {
+Queries check_queries(const Tensor& q, const OptionalTensor& q_pe, int64_t main_width,
+                      bool ragged) {
   check_environment();
   check_tensor(q, "q");
   float_type(q.scalar_type(), "q");
-  check_rank(q, "q", 4, "[B, Sq, H, head_dim]");
+  if (ragged) {
+    check_rank(q, "q", 3, "[T, H, head_dim] as cu_seqlens_q is given");
+  } else {
+    check_rank(q, "q", 4, "[B, Sq, H, head_dim]");
+  }
   check_rows_contiguous(q, "q");
   if (!q_pe.has_value()) {
-    TORCH_CHECK_VALUE(q.size(3) >= main_width, "q: rows of ", q.size(3), ", expected at least ",
+    TORCH_CHECK_VALUE(q.size(-1) >= main_width, "q: rows of ", q.size(-1), ", expected at least ",
                       main_width, " values and then the rope part");
-    return {q, q_pe, main_width, q.size(3) - main_width};
+    return {q, q_pe, main_width, q.size(-1) - main_width};
   }
-  TORCH_CHECK_VALUE(q.size(3) == main_width, "q: rows of ", q.size(3), ", expected ", main_width,
+  TORCH_CHECK_VALUE(q.size(-1) == main_width, "q: rows of ", q.size(-1), ", expected ", main_width,
                     " as q_pe holds the rope part");
   check_tensor(*q_pe, "q_pe");
   check_same_dtype(*q_pe, "q_pe", q, "q");
-  check_rank(*q_pe, "q_pe", 4, "[B, Sq, H, R]");
-  check_shape(*q_pe, "q_pe", {q.size(0), q.size(1), q.size(2), q_pe->size(3)}, "[B, Sq, H, R]");
+  const char* layout = ragged ? "[T, H, R]" : "[B, Sq, H, R]";
+  check_rank(*q_pe, "q_pe", q.dim(), layout);
+  TORCH_CHECK_VALUE(q_pe->sizes().slice(0, q.dim() - 1) == q.sizes().slice(0, q.dim() - 1),
+                    "q_pe: shape ", q_pe->sizes(), ", expected ", layout,
+                    " with the tokens and heads of q, whose shape is ", q.sizes());
   check_rows_contiguous(*q_pe, "q_pe");
-  return {q, q_pe, main_width, q_pe->size(3)};
+  return {q, q_pe, main_width, q_pe->size(-1)};
 }
 
 Attention check_attention(const AttentionArguments& a, const Queries& queries, int64_t latent) {
-  refuse(a.cu_seqlens_q, "cu_seqlens_q", "queries of ragged length are");
   Attention attention = {};
   AttentionParams& p = attention.params;
-  p.batch = check_int32(queries.q.size(0), "q.size(0)");
-  p.q_len = check_int32(queries.q.size(1), "q.size(1)");
-  p.heads = check_int32(queries.q.size(2), "q.size(2)");
-  check_int32(queries.q.size(1) * queries.q.size(2), "q.size(1) * q.size(2), rows per sequence");
+  const Tensor& q = queries.q;
+  p.heads = check_int32(q.size(-2), "q.size(-2), heads");
+  p.q_len = check_int32(q.size(-3), "q.size(-3), query tokens");
+  check_int32(q.size(-3) * q.size(-2), "q.size(-3) * q.size(-2), rows per sequence");
+  if (a.cu_seqlens_q.has_value()) {
+    attention.cu_seqlens_q = check_cu_seqlens(*a.cu_seqlens_q, q.size(0));
+    p.batch = check_int32(attention.cu_seqlens_q.size(0) - 1, "cu_seqlens_q.size(0) - 1");
+    p.cu_seqlens_q = attention.cu_seqlens_q.const_data_ptr<int32_t>();
+  } else {
+    p.batch = check_int32(q.size(0), "q.size(0)");
+  }
   p.softmax_scale = static_cast<float>(a.softmax_scale);
   TORCH_CHECK_VALUE(std::isfinite(p.softmax_scale), "softmax_scale: ", a.softmax_scale,
                     ", expected a finite float32 number");
@@ -162,13 +220,14 @@ Attention check_attention(const AttentionArguments& a, const Queries& queries, i
   }
   if (a.attn_mask.has_value()) {
     p.mask_type = mask_type(a.attn_mask->scalar_type());
-    const Tensor mask = check_mask(*a.attn_mask, p, attention.sequences.longest);
+    const Tensor mask = check_mask(*a.attn_mask, queries, attention.sequences.longest);
     for (int d = 0; d < 3; ++d)
       p.mask_stride[d] = mask.size(d) == 1 ? 0 : mask.stride(d) * item_bytes(mask);
     p.mask = bytes(mask);
     attention.attn_mask = mask;
+    reduce_mask(attention);
   }
-  if (a.indices.has_value()) check_indices(a, attention);
+  if (a.indices.has_value()) check_indices(a, queries, attention);
   TORCH_CHECK_VALUE(a.indices.has_value() || !a.topk_length.has_value(),
                     "topk_length: given without indices, expected None");
   if (a.attn_sink.has_value()) {
@@ -177,24 +236,36 @@ Attention check_attention(const AttentionArguments& a, const Queries& queries, i
     check_shape(*a.attn_sink, "attn_sink", {p.heads}, "[H]");
     attention.attn_sink = a.attn_sink->contiguous();
     p.attn_sink = attention.attn_sink.const_data_ptr<float>();
+    p.attn_sink_stride[1] = 1;
   }
   p.deterministic = at::globalContext().deterministicAlgorithms();
   return attention;
 }
 
-Tensor run_attention(Attention& attention, const QueryRows& q_latent, const QueryRows& q_rope,
-                     const Tensor& out) {
-  AttentionParams& p = attention.params;
-  const Tensor lse = uninitialised({p.batch, p.heads, p.q_len}, at::kFloat);
-  if (lse.numel() == 0) return lse;
-  p.q_type = float_type(out.scalar_type(), "q");
+Tensor make_out(const Queries& queries, int64_t width) {
+  const Tensor& q = queries.q;
+  return queries.ragged()
+             ? uninitialised({q.size(0), q.size(1), width}, q.scalar_type())
+             : uninitialised({q.size(0), q.size(1), q.size(2), width}, q.scalar_type());
+}
+
+Tensor make_lse(AttentionParams& p, const Queries& queries) {
+  const Tensor lse = queries.ragged() ? uninitialised({p.heads, queries.q.size(0)}, at::kFloat)
+                                      : uninitialised({p.batch, p.heads, p.q_len}, at::kFloat);
+  p.lse = lse.mutable_data_ptr<float>();
+  p.lse_stride[0] = queries.ragged() ? 0 : lse.stride(0);
+  p.lse_stride[1] = lse.stride(-2);
+  p.lse_stride[2] = lse.stride(-1);
+  return lse;
+}
+
+void run_attention(AttentionParams& p, ScalarType type, const QueryRows& q_latent,
+                   const QueryRows& q_rope, const QueryRows& out) {
+  p.q_type = p.out_type = type;
   p.q = q_latent;
   p.q_pe = q_rope;
-  p.out = query_rows(out);
-  p.lse = lse.mutable_data_ptr<float>();
-  for (int d = 0; d < 3; ++d) p.lse_stride[d] = lse.stride(d);
+  p.out = out;
   flashmla::attention(p, thread_plan(), torch_executor());
-  return lse;
 }
 
 }  // namespace flashmla

@@ -30,40 +30,51 @@ struct AttentionArguments {
 };
 
 // Queries, checked: q [B, Sq, H, main + R], or q [B, Sq, H, main] with q_pe [B, Sq, H, R], where
-// `main` is L latent (or P plain) values. Refers to the arguments; narrowed tensors would cost as
-// much as all checks of a call.
+// `main` is L latent (or P plain) values; ragged: [T, H, ..]. Refers to the arguments; narrowed
+// tensors would cost as much as all checks of a call.
 struct Queries {
   const Tensor& q;
   const OptionalTensor& q_pe;
   int64_t main_width;
   int64_t rope_width;
 
+  bool ragged() const { return q.dim() == 3; }
+  int64_t heads() const { return q.size(-2); }
+  int64_t tokens() const { return ragged() ? q.size(0) : q.size(0) * q.size(1); }
   QueryRows main_rows() const;
   QueryRows rope_rows() const;
-  Tensor main() const;  // [B, Sq, H, main]
-  Tensor rope() const;  // [B, Sq, H, R]
+  Tensor main() const;  // [.., H, main]
+  Tensor rope() const;  // [.., H, R]
 };
 
-Queries check_queries(const Tensor& q, const OptionalTensor& q_pe, int64_t main_width);
+Queries check_queries(const Tensor& q, const OptionalTensor& q_pe, int64_t main_width, bool ragged);
 
 // Everything but queries and outputs, checked; with the tensors it points into.
 struct Attention {
   AttentionParams params;
   Sequences sequences;
+  Tensor cu_seqlens_q;
   Tensor cache_leftpad;
   Tensor attn_mask;
+  std::vector<int32_t> key_ranges;  // of an interval mask
   Tensor indices;
   Tensor topk_length;
   Tensor attn_sink;
 };
 
-// `queries` gives B, Sq, H and R.
+// `queries` gives the tokens, H and R.
 Attention check_attention(const AttentionArguments& arguments, const Queries& queries,
                           int64_t latent);
 
-// Attends with latent queries [B, Sq, H, L] and [B, Sq, H, R], writes `out` [B, Sq, H, L] (any
-// strides but the last) and returns lse [B, H, Sq]. All three have the dtype of `out`.
-Tensor run_attention(Attention& attention, const QueryRows& q_latent, const QueryRows& q_rope,
-                     const Tensor& out);
+// out, uninitialised: [.., H, width], in the dtype of the queries.
+Tensor make_out(const Queries& queries, int64_t width);
+
+// lse, uninitialised: [B, H, Sq], ragged [H, T]. The kernels will write there.
+Tensor make_lse(AttentionParams& params, const Queries& queries);
+
+// Attends with latent queries [B, Sq, H, L] and [B, Sq, H, R] and writes `out` [B, Sq, H, L], all
+// three of the same type.
+void run_attention(AttentionParams& params, ScalarType type, const QueryRows& q_latent,
+                   const QueryRows& q_rope, const QueryRows& out);
 
 }  // namespace flashmla

@@ -69,7 +69,7 @@ Cache check_cache(const Tensor& kv_cache, const OptionalTensor& k_pe_cache,
   const FormatInfo& info = resolve_format(kv_cache, kv_cache_dtype);
   CacheView view = {};
   view.format = info.format;
-  view.latent = check_width(latent, "head_dim_v", 1);
+  view.latent = view.value = check_width(latent, "head_dim_v", 1);
   view.rope = check_width(rope, "rope width (head_dim - head_dim_v)", 0);
   TORCH_CHECK_VALUE(latent % info.multiple == 0 && rope % info.multiple == 0,
                     "kv_cache_dtype: ", info.name, " packs multiples of ", info.multiple,

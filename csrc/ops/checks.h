@@ -101,11 +101,12 @@ inline at::Tensor uninitialised(at::IntArrayRef shape, at::ScalarType type) {
   return at::detail::empty_cpu(shape, type);
 }
 
-// [B, Sq, H, width] as the kernels take it. They write through `out` tensors only.
+// [B, Sq, H, width], or ragged [T, H, width], as the kernels take it. They write through `out`
+// tensors only.
 inline QueryRows query_rows(const at::Tensor& t) {
   const int64_t item = item_bytes(t);
   return {const_cast<std::byte*>(bytes(t)),
-          {t.stride(0) * item, t.stride(1) * item, t.stride(2) * item}};
+          {t.dim() == 4 ? t.stride(0) * item : 0, t.stride(-3) * item, t.stride(-2) * item}};
 }
 
 }  // namespace flashmla

@@ -8,12 +8,18 @@
 namespace flashmla {
 namespace {
 
-// lse float32 [B, H, Sq]
-void check_lse(const Tensor& lse, const char* name, const MergeParams& p, int64_t (&stride)[3]) {
+// [B, H, Sq], or ragged [H, T]
+void lse_strides(const Tensor& lse, int64_t (&stride)[3]) {
+  stride[0] = lse.dim() == 3 ? lse.stride(0) : 0;
+  stride[1] = lse.stride(-2);
+  stride[2] = lse.stride(-1);
+}
+
+void check_lse(const Tensor& lse, const char* name, at::IntArrayRef shape, int64_t (&stride)[3]) {
   check_tensor(lse, name);
   check_dtype(lse, name, at::kFloat);
-  check_shape(lse, name, {p.batch, p.heads, p.q_len}, "[B, H, Sq]");
-  for (int d = 0; d < 3; ++d) stride[d] = lse.stride(d);
+  check_shape(lse, name, shape, shape.size() == 3 ? "[B, H, Sq]" : "[H, T]");
+  lse_strides(lse, stride);
 }
 
 }  // namespace
@@ -24,19 +30,22 @@ std::tuple<Tensor, Tensor> merge_attn_states(const Tensor& out_a, const Tensor& 
   check_environment();
   MergeParams p = {};
   check_tensor(out_a, "out_a");
-  p.type = float_type(out_a.scalar_type(), "out_a");
-  check_rank(out_a, "out_a", 4, "[B, Sq, H, width]");
+  p.type = p.out_type = float_type(out_a.scalar_type(), "out_a");
+  const bool ragged = out_a.dim() == 3;
+  if (!ragged) check_rank(out_a, "out_a", 4, "[B, Sq, H, width] or ragged [T, H, width]");
   check_rows_contiguous(out_a, "out_a");
   check_tensor(out_b, "out_b");
   check_same_dtype(out_b, "out_b", out_a, "out_a");
   check_shape(out_b, "out_b", out_a.sizes(), "the shape of out_a");
   check_rows_contiguous(out_b, "out_b");
-  p.batch = check_int32(out_a.size(0), "out_a.size(0)");
-  p.q_len = check_int32(out_a.size(1), "out_a.size(1)");
-  p.heads = check_int32(out_a.size(2), "out_a.size(2)");
-  p.width = check_int32(out_a.size(3), "out_a.size(3)");
-  check_lse(lse_a, "lse_a", p, p.lse_a_stride);
-  check_lse(lse_b, "lse_b", p, p.lse_b_stride);
+  p.batch = ragged ? 1 : check_int32(out_a.size(0), "out_a.size(0)");
+  p.q_len = check_int32(out_a.size(-3), "out_a.size(-3), query tokens");
+  p.heads = check_int32(out_a.size(-2), "out_a.size(-2), heads");
+  p.width = check_int32(out_a.size(-1), "out_a.size(-1), width");
+  std::vector<int64_t> lse_shape = {p.batch, p.heads, p.q_len};
+  if (ragged) lse_shape.erase(lse_shape.begin());
+  check_lse(lse_a, "lse_a", lse_shape, p.lse_a_stride);
+  check_lse(lse_b, "lse_b", lse_shape, p.lse_b_stride);
   Tensor sink;
   if (attn_sink.has_value()) {
     check_tensor(*attn_sink, "attn_sink");
@@ -46,7 +55,7 @@ std::tuple<Tensor, Tensor> merge_attn_states(const Tensor& out_a, const Tensor& 
     p.attn_sink = sink.const_data_ptr<float>();
   }
   const Tensor out = uninitialised(out_a.sizes(), out_a.scalar_type());
-  const Tensor lse = uninitialised({p.batch, p.heads, p.q_len}, at::kFloat);
+  const Tensor lse = uninitialised(lse_shape, at::kFloat);
   if (lse.numel() == 0) return {out, lse};
   p.out_a = query_rows(out_a);
   p.out_b = query_rows(out_b);
@@ -54,7 +63,7 @@ std::tuple<Tensor, Tensor> merge_attn_states(const Tensor& out_a, const Tensor& 
   p.lse_a = lse_a.const_data_ptr<float>();
   p.lse_b = lse_b.const_data_ptr<float>();
   p.lse = lse.mutable_data_ptr<float>();
-  for (int d = 0; d < 3; ++d) p.lse_stride[d] = lse.stride(d);
+  lse_strides(lse, p.lse_stride);
   merge_states(p, torch_executor());
   return {out, lse};
 }

@@ -12,13 +12,15 @@ std::tuple<Tensor, Tensor> mla_attention(
     const OptionalTensor& attn_sink, const OptionalTensor& q_pe, const OptionalTensor& k_pe_cache,
     int64_t window, std::string_view kv_cache_dtype, const OptionalTensor& cu_seqlens_q) {
   check_width(head_dim_v, "head_dim_v", 1);
-  const Queries queries = check_queries(q, q_pe, head_dim_v);
+  const Queries queries = check_queries(q, q_pe, head_dim_v, cu_seqlens_q.has_value());
   Attention attention = check_attention(
       {kv_cache, block_table, cache_seqlens, softmax_scale, causal, attn_mask, cache_leftpad,
        indices, topk_length, attn_sink, k_pe_cache, window, kv_cache_dtype, cu_seqlens_q},
       queries, head_dim_v);
-  const Tensor out = uninitialised({q.size(0), q.size(1), q.size(2), head_dim_v}, q.scalar_type());
-  const Tensor lse = run_attention(attention, queries.main_rows(), queries.rope_rows(), out);
+  const Tensor out = make_out(queries, head_dim_v);
+  const Tensor lse = make_lse(attention.params, queries);
+  run_attention(attention.params, float_type(q.scalar_type(), "q"), queries.main_rows(),
+                queries.rope_rows(), query_rows(out));
   return {out, lse};
 }
 

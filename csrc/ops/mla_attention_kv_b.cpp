@@ -1,52 +1,29 @@
 // mla_attention_kv_b.cpp: attention of queries as the model makes them, with the up-projection of
-// the latent (kv_b_proj).
-//
-// Absorbed form, per head:  q_latent = q_nope @ W_UK,  attention over latent rows,  out =
-// out_latent @ W_UV^T. The products are ATen's (oneDNN).
+// the latent (kv_b_proj). Chooses the form of each sequence and hands runs of equal ones to it
+// (forms.h).
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/bmm.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include "kernels/visible.h"
 #include "ops/attention_arguments.h"
 #include "ops/checks.h"
+#include "ops/forms.h"
 
 namespace flashmla {
 namespace {
 
-// [B, Sq, H, width] -> [H, B * Sq, width]
-Tensor by_head(const Tensor& t) {
-  return t.permute({2, 0, 1, 3}).reshape({t.size(2), t.size(0) * t.size(1), t.size(3)});
+// The query tokens of sequences [begin, end) of t [B, Sq, H, width] or, ragged, [T, H, width].
+Tensor of_run(const Tensor& t, const AttentionParams& p, int32_t begin, int32_t end) {
+  if (begin == 0 && end == p.batch) return t;
+  const int32_t* cu = p.cu_seqlens_q;
+  return cu ? t.narrow(0, cu[begin], cu[end] - cu[begin]) : t.narrow(0, begin, end - begin);
 }
 
-// A slice of w_kv_b as a product takes it best: oneDNN (bf16) wants a dense matrix, transposed or
-// not. Copying the slice is quick; ATen, given the transposed slice, would copy it element by
-// element.
-Tensor dense(const Tensor& weight, at::ScalarType type) {
-  const Tensor converted = weight.to(type);
-  return type == at::kFloat ? converted : converted.contiguous();
-}
-
-std::tuple<Tensor, Tensor> absorbed(Attention& attention, const Queries& queries,
-                                    const Tensor& w_uk, const Tensor& w_uv) {
-  const int64_t batch = queries.q.size(0);
-  const int64_t q_len = queries.q.size(1);
-  const int64_t heads = queries.q.size(2);
-  const at::ScalarType type = queries.q.scalar_type();
-  // ATen's fp16 products are slow on CPUs without fp16 arithmetic, and a latent query rounded to
-  // fp16 may overflow.
-  const at::ScalarType working = type == at::kHalf ? at::kFloat : type;
-  const Tensor q_latent = at::bmm(by_head(queries.main()).to(working), dense(w_uk, working))
-                              .view({heads, batch, q_len, w_uk.size(2)})
-                              .permute({1, 2, 0, 3});
-  const Tensor q_rope = queries.rope().to(working);
-  const Tensor out_latent = uninitialised({heads, batch, q_len, w_uk.size(2)}, working);
-  const Tensor lse = run_attention(attention, query_rows(q_latent), query_rows(q_rope),
-                                   out_latent.permute({1, 2, 0, 3}));
-  const Tensor out = at::bmm(out_latent.view({heads, batch * q_len, w_uk.size(2)}),
-                             dense(w_uv, working).transpose(1, 2))
-                         .view({heads, batch, q_len, w_uv.size(1)})
-                         .permute({1, 2, 0, 3});
-  return {out.to(type).contiguous(), lse};
+Form form_of(const AttentionParams& p, int32_t sequence, std::string_view form, FormDims dims) {
+  if (form == "expanded") return Form::kExpanded;
+  // An index list belongs to one query; expansion pays when many share the keys.
+  if (form == "absorbed" || p.indices) return Form::kAbsorbed;
+  return cheaper_form(p, sequence, dims);
 }
 
 }  // namespace
@@ -62,26 +39,52 @@ std::tuple<Tensor, Tensor> mla_attention_kv_b(
   const at::AutoDispatchBelowAutograd no_autograd;
   // Dtypes follow the arguments: autocast would hand the kernels products of another dtype.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastCPU);
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      form != "expanded", "form: \"expanded\" is not implemented yet, expected auto or absorbed");
-  TORCH_CHECK_VALUE(form == "auto" || form == "absorbed", "form: \"", form,
+  TORCH_CHECK_VALUE(form == "auto" || form == "absorbed" || form == "expanded", "form: \"", form,
                     "\" is unknown, expected auto, absorbed or expanded");
+  TORCH_CHECK_VALUE(form != "expanded" || !indices.has_value(),
+                    "form: \"expanded\" shares the keys of a sequence among its queries, but "
+                    "indices gives each its own; expected auto or absorbed");
   check_tensor(w_kv_b, "w_kv_b");
   check_rank(w_kv_b, "w_kv_b", 3, "[H, P + V, L]");
   check_width(head_dim_v, "head_dim_v", 1);
   const int64_t nope = w_kv_b.size(1) - head_dim_v;
   TORCH_CHECK_VALUE(nope >= 1, "w_kv_b: shape ", w_kv_b.sizes(),
                     ", expected [H, P + V, L] with V = head_dim_v = ", head_dim_v, " and P >= 1");
-  const Queries queries = check_queries(q, q_pe, nope);
+  const Queries queries = check_queries(q, q_pe, nope, cu_seqlens_q.has_value());
   check_same_dtype(w_kv_b, "w_kv_b", q, "q");
-  TORCH_CHECK_VALUE(w_kv_b.size(0) == q.size(2), "w_kv_b: ", w_kv_b.size(0), " heads, expected ",
-                    q.size(2), " as in q");
+  TORCH_CHECK_VALUE(w_kv_b.size(0) == queries.heads(), "w_kv_b: ", w_kv_b.size(0),
+                    " heads, expected ", queries.heads(), " as in q");
   Attention attention = check_attention(
       {kv_cache, block_table, cache_seqlens, softmax_scale, causal, attn_mask, cache_leftpad,
        indices, topk_length, attn_sink, k_pe_cache, window, kv_cache_dtype, cu_seqlens_q},
       queries, w_kv_b.size(2));
-  return absorbed(attention, queries, w_kv_b.narrow(1, 0, nope),
-                  w_kv_b.narrow(1, nope, head_dim_v));
+
+  AttentionParams& p = attention.params;
+  const Projections w = {w_kv_b.narrow(1, 0, nope), w_kv_b.narrow(1, nope, head_dim_v)};
+  const FormDims dims = {static_cast<int32_t>(nope), static_cast<int32_t>(head_dim_v)};
+  const Tensor lse = make_lse(p, queries);
+  Tensor out;
+  p.q_type = p.out_type = float_type(q.scalar_type(), "q");
+  for (int32_t begin = 0, end = 0; begin < p.batch; begin = end) {
+    const Form run = form_of(p, begin, form, dims);
+    for (end = begin + 1; end < p.batch && form_of(p, end, form, dims) == run;) ++end;
+    if (run == Form::kAbsorbed) {
+      const Tensor part = attend_absorbed(
+          of_sequences(p, begin, end), of_run(queries.main(), p, begin, end),
+          of_run(queries.rope(), p, begin, end), w);
+      if (begin == 0 && end == p.batch) return {part, lse};
+      if (!out.defined()) out = make_out(queries, head_dim_v);
+      of_run(out, p, begin, end).copy_(part);
+    } else {
+      if (!out.defined()) out = make_out(queries, head_dim_v);
+      p.q = queries.main_rows();
+      p.q_pe = queries.rope_rows();
+      p.out = query_rows(out);
+      attend_expanded(of_sequences(p, begin, end), w);
+    }
+  }
+  if (!out.defined()) out = make_out(queries, head_dim_v);
+  return {out, lse};
 }
 
 }  // namespace flashmla

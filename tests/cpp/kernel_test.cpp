@@ -404,7 +404,7 @@ CacheView Problem::view(const Memory pools[2]) const {
                 row_bytes = c_.two_tensor ? latent_bytes : format_.row_bytes(c_.latent, c_.rope);
   CacheView v = {};
   v.format = format_.format;
-  v.latent = c_.latent;
+  v.latent = v.value = c_.latent;
   v.rope = c_.rope;
   v.block_size = block_size_;
   v.kv_c = {pools[0].data(), block_size_ * (row_bytes + c_.pad), row_bytes + c_.pad};
@@ -514,7 +514,7 @@ AttentionParams Problem::arguments(const CacheView& cache) const {
   p.batch = c_.batch();
   p.q_len = c_.q_len;
   p.heads = c_.heads;
-  p.q_type = c_.q_type;
+  p.q_type = p.out_type = c_.q_type;
   p.q.data = q_.data();
   p.q_pe.data = q_.data() + c_.latent * size;
   for (int d = 0; d < 3; ++d) p.q.stride[d] = p.q_pe.stride[d] = q_stride_[d] * c_.width() * size;
@@ -535,6 +535,7 @@ AttentionParams Problem::arguments(const CacheView& cache) const {
     if (!list_length_.empty()) p.topk_length = list_length_.data();
   }
   if (c_.sink) p.attn_sink = sink_.data();
+  p.attn_sink_stride[1] = 1;
   p.deterministic = c_.deterministic;
   return p;
 }

@@ -97,23 +97,34 @@ struct FloatFormat {
     return bf16 ? ArithmeticId::kBf16 : ArithmeticId::kF32;
   }
 
-  template <class Simd>
-  static void stage(F32<Simd>, const std::byte* kv_c, const std::byte* k_pe,
+  template <class Arithmetic>
+  static void stage(Arithmetic a, const std::byte* kv_c, const std::byte* k_pe,
                     const RowLayout& layout, std::byte* row) {
-    widen_values<Simd, Element>(kv_c, layout.latent, layout.value, reinterpret_cast<float*>(row));
-    widen_values<Simd, Element>(k_pe, layout.rope, layout.rope,
-                                reinterpret_cast<float*>(row + layout.rope_offset));
+    stage_segment(a, kv_c, layout.latent, layout.rope_offset, row);
+    stage_segment(a, k_pe, layout.rope, 4 * layout.groups[1], row + layout.rope_offset);
+  }
+
+  template <class Arithmetic>
+  static void stage_value(Arithmetic a, const std::byte* v, const RowLayout& layout,
+                          std::byte* row) {
+    stage_segment(a, v, layout.value_width, layout.value * Arithmetic::kBytes,
+                  row + layout.value_offset);
+  }
+
+ private:
+  // `count` values, then zeros up to `bytes` bytes.
+  template <class Simd>
+  static void stage_segment(F32<Simd>, const std::byte* from, int32_t count, int32_t bytes,
+                            std::byte* to) {
+    widen_values<Simd, Element>(from, count, bytes / 4, reinterpret_cast<float*>(to));
   }
 
   template <class Simd>
     requires(kFormat == CacheFormat::kBf16)
-  static void stage(Bf16<Simd>, const std::byte* kv_c, const std::byte* k_pe,
-                    const RowLayout& layout, std::byte* row) {
-    const int32_t latent = 2 * layout.latent, rope = 2 * layout.rope;
-    __builtin_memcpy(row, kv_c, latent);
-    __builtin_memset(row + latent, 0, layout.rope_offset - latent);
-    __builtin_memcpy(row + layout.rope_offset, k_pe, rope);
-    __builtin_memset(row + layout.rope_offset + rope, 0, 4 * layout.groups[1] - rope);
+  static void stage_segment(Bf16<Simd>, const std::byte* from, int32_t count, int32_t bytes,
+                            std::byte* to) {
+    __builtin_memcpy(to, from, static_cast<size_t>(2 * count));
+    __builtin_memset(to + 2 * count, 0, static_cast<size_t>(bytes - 2 * count));
   }
 };
 

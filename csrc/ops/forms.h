@@ -1,0 +1,38 @@
+// forms.h: the two forms of mla_attention_kv_b, on checked arguments. Both compute the same.
+//
+//   absorbed   q_latent = q_nope @ W_UK;  attention over latent rows;  out = out_latent @ W_UV^T
+//   expanded   keys and values of every head are made from the latent; attention over those
+//
+// Each takes a run of neighbouring sequences, given by of_sequences().
+#pragma once
+#include "kernels/params.h"
+#include "ops/attention_arguments.h"
+#include "ops/ops.h"
+
+namespace flashmla {
+
+// The parts of w_kv_b.
+struct Projections {
+  Tensor uk;  // [H, P, L]
+  Tensor uv;  // [H, V, L]
+};
+
+// The parameters of sequences [begin, end) of a call. Ragged tokens keep their numbers.
+AttentionParams of_sequences(const AttentionParams& p, int32_t begin, int32_t end);
+
+// One form for each sequence of the call: the cheaper one by a model of the cost (form.cpp).
+enum class Form : uint8_t { kAbsorbed, kExpanded };
+struct FormDims {
+  int32_t nope, value;  // P and V
+};
+Form cheaper_form(const AttentionParams& p, int32_t sequence, FormDims dims);
+
+// p: without queries and output. q_main [.., H, P] and q_rope [.., H, R]: those of the run.
+// Returns out [.., H, V] in their dtype.
+Tensor attend_absorbed(AttentionParams p, const Tensor& q_main, const Tensor& q_rope,
+                       const Projections& w);
+
+// p: complete but for the cache's keys and values, with `out` [.., H, V] of type p.out_type.
+void attend_expanded(const AttentionParams& p, const Projections& w);
+
+}  // namespace flashmla
