@@ -4,6 +4,6 @@
 
 namespace flashmla {
 
-enum class ArithmeticId : uint8_t { kNone, kF32, kBf16, kInt8, kInt16 };
+enum class ArithmeticId : int32_t { kNone, kF32, kBf16, kInt8, kInt16 };
 
 }  // namespace flashmla

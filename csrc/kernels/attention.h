@@ -38,8 +38,7 @@ void finish(const AttentionParams& p, BlockShape shape, const WorkItem& item,
             const RowLayout& layout, const Scratch& s, float* partials) {
   constexpr int kStep = Simd::kLanes * Arithmetic::kGroup;
   const int32_t width = layout.value_width, first_token = query_tokens(p, item.sequence).begin;
-  float* part =
-      item.partial < 0 ? nullptr : partials + item.partial * partial_floats(shape, width);
+  float* part = item.partial < 0 ? nullptr : partials + item.partial * partial_floats(shape, width);
   for (int32_t r = 0; item.row_begin + r < item.row_end; ++r) {
     const int32_t token = first_token + (item.row_begin + r) / p.heads,
                   head = (item.row_begin + r) % p.heads;

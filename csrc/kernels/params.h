@@ -11,16 +11,18 @@
 
 namespace flashmla {
 
-enum class ScalarType : uint8_t { kF32, kBf16, kF16 };
+// 32 bits, like all enums here: kernels and operators may come from different compilers, and those
+// disagree on who widens a narrower argument.
+enum class ScalarType : int32_t { kF32, kBf16, kF16 };
 
 [[gnu::always_inline]] constexpr inline int64_t size_of(ScalarType type) {
   return type == ScalarType::kF32 ? 4 : 2;
 }
 
-enum class MaskType : uint8_t { kNone, kBool, kF32, kBf16, kF16 };
+enum class MaskType : int32_t { kNone, kBool, kF32, kBf16, kF16 };
 
 // How a row of the cache is stored. The list with names and sizes is formats.h.
-enum class CacheFormat : uint8_t { kF32, kBf16, kF16, kQ8Kv, kQ8_0, kQ6_0, kQ4Kv };
+enum class CacheFormat : int32_t { kF32, kBf16, kF16, kQ8Kv, kQ8_0, kQ6_0, kQ4Kv };
 
 // A paged cache tensor: token t of block b starts at data + b * block_stride + t * token_stride.
 struct PagedRows {
@@ -60,9 +62,9 @@ struct CacheView {
 // group of heads, where "sequence" stands for a head, kv_c and v for its keys and values, and k_pe,
 // the same for all heads, has block stride 0.
 struct AttentionParams {
-  int32_t batch;  // B
-  int32_t q_len;  // Sq; ragged: of the longest sequence
-  int32_t heads;  // H
+  int32_t batch;                // B
+  int32_t q_len;                // Sq; ragged: of the longest sequence
+  int32_t heads;                // H
   const int32_t* cu_seqlens_q;  // [B + 1]: sequence b has query tokens [cu[b], cu[b + 1]); or null
   ScalarType q_type;
   ScalarType out_type;
@@ -79,8 +81,8 @@ struct AttentionParams {
   int32_t window;                // > 0: the last `window` keys only
   const int32_t* cache_leftpad;  // [B] or null
   MaskType mask_type;
-  const std::byte* mask;   // [B, H, Sq, S], columns contiguous, or null
-  int64_t mask_stride[3];  // bytes, of B, H, Sq (0: broadcast)
+  const std::byte* mask;         // [B, H, Sq, S], columns contiguous, or null
+  int64_t mask_stride[3];        // bytes, of B, H, Sq (0: broadcast)
   const int32_t* key_ranges;     // [B, Sq, 2]: keys [first, limit) of each query token; or null
   int64_t key_ranges_stride[2];  // entries, of B, Sq
 
@@ -90,7 +92,7 @@ struct AttentionParams {
   int32_t topk;
   const int32_t* topk_length;  // [B]: leading entries of each list that count; or null
 
-  const float* attn_sink;  // [H] or null
+  const float* attn_sink;       // [H] or null
   int64_t attn_sink_stride[2];  // elements, of B, H
 
   QueryRows out;          // [B, Sq, H, value], out_type
@@ -133,12 +135,12 @@ struct MergeParams {
   int32_t width;    // values per row
   ScalarType type;  // of out_a and out_b
   ScalarType out_type;
-  QueryRows out_a;     // [B, Sq, H, width]
-  QueryRows out_b;     // [B, Sq, H, width]
-  QueryRows out;       // [B, Sq, H, width]; may be out_a, as lse may be lse_a
-  const float* lse_a;  // [B, H, Sq]
-  const float* lse_b;  // [B, H, Sq]
-  float* lse;          // [B, H, Sq]
+  QueryRows out_a;          // [B, Sq, H, width]
+  QueryRows out_b;          // [B, Sq, H, width]
+  QueryRows out;            // [B, Sq, H, width]; may be out_a, as lse may be lse_a
+  const float* lse_a;       // [B, H, Sq]
+  const float* lse_b;       // [B, H, Sq]
+  float* lse;               // [B, H, Sq]
   int64_t lse_a_stride[3];  // elements
   int64_t lse_b_stride[3];
   int64_t lse_stride[3];

@@ -81,7 +81,11 @@ template <class Simd, class Arithmetic>
 BlockShape block_shape(const RowLayout& layout) {
   constexpr int64_t kBudget = 768 * 1024;
   BlockShape shape = {32, 64};
+  // Values of their own: rows are query tokens of one head, and a block of them sees a causal edge
+  // of its own height. 64 rows waste half as much there as 128 (512 tokens: 169 -> 178 GFLOP/s).
+  const int32_t most = layout.value_offset != 0 ? 64 : 128;
   for (const int32_t rows : {128, 64, 32}) {
+    if (rows > most) continue;
     for (const int32_t tile : {128, 64}) {
       const int64_t words = layout.groups[0] + layout.groups[1];
       const int64_t bytes = 4 * rows * words + static_cast<int64_t>(tile) * layout.stride +

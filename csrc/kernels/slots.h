@@ -34,10 +34,9 @@ class Slots {
       block = pages_[page];
       offset = token - page * cache_.block_size;
     }
-    return {
-        cache_.kv_c.data + block * cache_.kv_c.block_stride + offset * cache_.kv_c.token_stride,
-        cache_.k_pe.data + block * cache_.k_pe.block_stride + offset * cache_.k_pe.token_stride,
-        cache_.v.data + block * cache_.v.block_stride + offset * cache_.v.token_stride};
+    return {cache_.kv_c.data + block * cache_.kv_c.block_stride + offset * cache_.kv_c.token_stride,
+            cache_.k_pe.data + block * cache_.k_pe.block_stride + offset * cache_.k_pe.token_stride,
+            cache_.v.data + block * cache_.v.block_stride + offset * cache_.v.token_stride};
   }
 
   // Tokens [16 i, 16 i + 16) are neighbours in memory, for every i.

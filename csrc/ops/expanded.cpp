@@ -30,7 +30,7 @@ int64_t padded_row(int64_t width, int64_t item) {
 }
 
 struct Part {
-  int32_t begin, end;        // keys
+  int32_t begin, end;  // keys
   int32_t first_head, heads;
 };
 
@@ -40,11 +40,8 @@ class Expansion {
   Expansion(const AttentionParams& p, const Projections& w)
       : p_(p),
         w_(w),
-        // bf16 products where the CPU has them; else, and for fp16 queries, nothing coarser than f32
-        type_(p.q_type == ScalarType::kBf16 &&
-                      std::string_view(kernels().arithmetic(CacheFormat::kBf16, p.q_type)) == "bf16"
-                  ? at::kBFloat16
-                  : at::kFloat),
+        type_(std::string_view(expanded_arithmetic(p.q_type)) == "bf16" ? at::kBFloat16
+                                                                        : at::kFloat),
         item_(type_ == at::kFloat ? 4 : 2),
         nope_(w.uk.size(1)),
         value_(w.uv.size(1)),
@@ -104,8 +101,10 @@ class Expansion {
         at::mm_out(value, rows, uv[h].t());
       }
       if (p_.cache.rope > 0) {
-        rope_[0].narrow(0, at, n).narrow(1, 0, p_.cache.rope).copy_(
-            rows_.narrow(0, 0, n).narrow(1, latent, p_.cache.rope));
+        rope_[0]
+            .narrow(0, at, n)
+            .narrow(1, 0, p_.cache.rope)
+            .copy_(rows_.narrow(0, 0, n).narrow(1, latent, p_.cache.rope));
       }
     }
   }
@@ -119,7 +118,8 @@ class Expansion {
   // Rows of a buffer whose first one is the key at position `begin`.
   PagedRows rows_from(const Tensor& t, int32_t begin, bool per_head) const {
     const int64_t row = t.stride(1) * item_;
-    return {const_cast<std::byte*>(bytes(t)) - begin * row, per_head ? t.stride(0) * item_ : 0, row};
+    return {const_cast<std::byte*>(bytes(t)) - begin * row, per_head ? t.stride(0) * item_ : 0,
+            row};
   }
 
   // Results over a part of the keys, without sink.
@@ -143,9 +143,8 @@ class Expansion {
     p.q_len = tokens.count;
     p.cu_seqlens_q = nullptr;
     auto by_head = [&](const QueryRows& rows) {
-      return QueryRows{
-          rows.data + tokens.begin * rows.stride[1] + part.first_head * rows.stride[2],
-          {rows.stride[2], rows.stride[1], 0}};
+      return QueryRows{rows.data + tokens.begin * rows.stride[1] + part.first_head * rows.stride[2],
+                       {rows.stride[2], rows.stride[1], 0}};
     };
     p.q = by_head(one.q);
     p.q_pe = by_head(one.q_pe);
@@ -231,14 +230,18 @@ class Expansion {
   const Projections& w_;
   const at::ScalarType type_;
   const int64_t item_, nope_, value_, key_row_, rope_row_, value_row_;
-  Tensor rows_;    // [chunk, L + R]: latent rows, dequantised
-  Tensor keys_;    // [heads, keys, P padded]
-  Tensor rope_;    // [1, keys, R padded]: the same for all heads
-  Tensor values_;  // [heads, keys, V padded]
+  Tensor rows_;                              // [chunk, L + R]: latent rows, dequantised
+  Tensor keys_;                              // [heads, keys, P padded]
+  Tensor rope_;                              // [1, keys, R padded]: the same for all heads
+  Tensor values_;                            // [heads, keys, V padded]
   std::vector<int32_t> lengths_, leftpads_;  // [heads]
 };
 
 }  // namespace
+
+const char* expanded_arithmetic(ScalarType q) {
+  return kernels().arithmetic(q == ScalarType::kBf16 ? CacheFormat::kBf16 : CacheFormat::kF32, q);
+}
 
 void attend_expanded(const AttentionParams& p, const Projections& w) {
   Expansion expansion(p, w);

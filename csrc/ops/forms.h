@@ -20,7 +20,11 @@ struct Projections {
 // The parameters of sequences [begin, end) of a call. Ragged tokens keep their numbers.
 AttentionParams of_sequences(const AttentionParams& p, int32_t begin, int32_t end);
 
-// One form for each sequence of the call: the cheaper one by a model of the cost (form.cpp).
+// What the expanded form computes in: bf16 for bf16 queries where the CPU has such products; else,
+// and for fp16 queries, nothing coarser than f32.
+const char* expanded_arithmetic(ScalarType q);
+
+// The cheaper form of a sequence, by a model of the cost (form.cpp).
 enum class Form : uint8_t { kAbsorbed, kExpanded };
 struct FormDims {
   int32_t nope, value;  // P and V

@@ -69,9 +69,9 @@ std::tuple<Tensor, Tensor> mla_attention_kv_b(
     const Form run = form_of(p, begin, form, dims);
     for (end = begin + 1; end < p.batch && form_of(p, end, form, dims) == run;) ++end;
     if (run == Form::kAbsorbed) {
-      const Tensor part = attend_absorbed(
-          of_sequences(p, begin, end), of_run(queries.main(), p, begin, end),
-          of_run(queries.rope(), p, begin, end), w);
+      const Tensor part =
+          attend_absorbed(of_sequences(p, begin, end), of_run(queries.main(), p, begin, end),
+                          of_run(queries.rope(), p, begin, end), w);
       if (begin == 0 && end == p.batch) return {part, lse};
       if (!out.defined()) out = make_out(queries, head_dim_v);
       of_run(out, p, begin, end).copy_(part);
