@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -45,6 +46,13 @@ def kv_b_arguments() -> dict[str, Any]:
     }
 
 
+def ragged_arguments() -> dict[str, Any]:
+    return attention_arguments() | {
+        "q": torch.randn(B * SQ, H, L + R),
+        "cu_seqlens_q": int32(0, 2, B * SQ),
+    }
+
+
 def append_arguments() -> dict[str, Any]:
     return {
         "kv_c": torch.randn(4, L),
@@ -79,11 +87,16 @@ def copy_arguments() -> dict[str, Any]:
 ARGUMENTS = {
     "mla_attention": attention_arguments,
     "mla_attention_kv_b": kv_b_arguments,
+    "ragged": ragged_arguments,
     "concat_and_cache_mla": append_arguments,
     "gather_cache": gather_arguments,
     "merge_attn_states": merge_arguments,
     "copy_blocks": copy_arguments,
 }
+
+
+def operator(name: str) -> Callable[..., Any]:
+    return getattr(ops, "mla_attention" if name == "ragged" else name)
 
 
 def meta(*shape: int) -> Tensor:
@@ -117,7 +130,7 @@ QUERY_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"q": torch.zeros(B, SQ, H, L), "q_pe": torch.zeros(B, SQ, 1, R)},
         ValueError,
-        r"q_pe: shape \[2, 3, 1, 32\], expected \[B, Sq, H, R\] = \[2, 3, 4, 32\]",
+        r"q_pe: shape \[2, 3, 1, 32\], expected \[B, Sq, H, R\] with the tokens and heads of q",
     ),
     (
         {"q": torch.zeros(B, SQ, H, L), "q_pe": torch.zeros(B, SQ, H, R).half()},
@@ -245,22 +258,22 @@ KEY_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"softmax_scale": 1e300}, ValueError, r"softmax_scale: 1e\+300"),
     ({"window": -1}, ValueError, r"window: -1, expected 0 \(none\) or more"),
     ({"indices": int32([[0]])}, ValueError, r"indices: shape \[1, 1, 1\], expected .*Sq, topk\]"),
-    ({"indices": int32([0])}, ValueError, r"indices: shape \[1, 1\] has 2 dimensions"),
+    ({"indices": int32([0])}, ValueError, r"indices: shape \[1, 1\], expected \[B, Sq, topk\]"),
     ({"indices": torch.zeros(B, SQ, 5)}, TypeError, r"indices: dtype Float, expected Int"),
     ({"topk_length": int32(0, 0)}, ValueError, r"topk_length: given without indices"),
     ({"indices": INDICES, "topk_length": int32(5)}, ValueError, r"topk_length: shape \[1\]"),
     (
         {"indices": INDICES, "topk_length": int32(5, 6)},
         ValueError,
-        r"topk_length\[1\]: 6, expected 0 to 5 \(indices.size\(2\)\)",
+        r"topk_length\[1\]: 6, expected 0 to 5 \(indices.size\(-1\)\)",
     ),
     ({"indices": INDICES, "topk_length": int32(-1, 0)}, ValueError, r"topk_length\[0\]: -1"),
     ({"indices": meta(B, SQ, 5)}, RuntimeError, r"indices: on device meta"),
-    ({"cu_seqlens_q": int32(0, 3, 6)}, NotImplementedError, r"cu_seqlens_q: queries of ragged"),
+    ({"cu_seqlens_q": int32(0, 3, 6)}, ValueError, r"q: shape .* \[T, H, head_dim\] as cu_seqlens_q"),
 ]
 
 KV_B_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"form": "expanded"}, NotImplementedError, r'form: "expanded" is not implemented yet'),
+    ({"form": "expanded", "indices": INDICES}, ValueError, r'form: "expanded" shares the keys'),
     ({"form": "other"}, ValueError, r'form: "other" is unknown'),
     ({"w_kv_b": torch.zeros(H * (P + V), L)}, ValueError, r"w_kv_b: shape \[160, 64\] has 2"),
     ({"w_kv_b": torch.zeros(H + 1, P + V, L)}, ValueError, r"w_kv_b: 5 heads, expected 4 as in q"),
@@ -327,7 +340,8 @@ GATHER_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 MERGE_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"out_a": torch.zeros(B, SQ, H, L).double()}, TypeError, r"out_a: dtype Double"),
-    ({"out_a": torch.zeros(SQ, H, L)}, ValueError, r"out_a: shape \[3, 4, 64\] has 3 dimensions"),
+    ({"out_a": torch.zeros(H, L)}, ValueError, r"out_a: shape \[4, 64\] has 2 dimensions"),
+    ({"out_a": torch.zeros(SQ, H, L)}, ValueError, r"out_b: .* expected the shape of out_a"),
     (
         {"out_b": torch.zeros(B, SQ, H, L + 1)},
         ValueError,
@@ -356,12 +370,37 @@ COPY_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"block_mapping": torch.tensor([[0, 1], [1, 2]])}, ValueError, r"block 1 is both a source"),
 ]
 
+RAGGED_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"cu_seqlens_q": None}, ValueError, r"q: shape .* has 3 dimensions, expected \[B, Sq, H, head"),
+    ({"cu_seqlens_q": torch.tensor([0, 2, 6])}, TypeError, r"cu_seqlens_q: dtype Long, expected I"),
+    ({"cu_seqlens_q": int32([0, 2, 6])}, ValueError, r"cu_seqlens_q: shape \[1, 3\], expected \[B"),
+    ({"cu_seqlens_q": int32()}, ValueError, r"cu_seqlens_q: shape \[0\], expected \[B \+ 1\]"),
+    ({"cu_seqlens_q": int32(1, 2, 6)}, ValueError, r"cu_seqlens_q\[0\]: 1, expected 0"),
+    (
+        {"cu_seqlens_q": int32(0, 7, 6)},
+        ValueError,
+        r"cu_seqlens_q\[2\]: 6, expected at least cu_seqlens_q\[1\] = 7",
+    ),
+    ({"cu_seqlens_q": int32(0, 2, 5)}, ValueError, r"cu_seqlens_q\[2\]: 5, expected .* = 6"),
+    ({"cu_seqlens_q": int32(0, 6)}, ValueError, r"cache_seqlens: shape \[2\], expected \[B\] = \[1"),
+    ({"cu_seqlens_q": meta(3)}, RuntimeError, r"cu_seqlens_q: on device meta"),
+    ({"q_pe": torch.zeros(5, H, R)}, ValueError, r"q_pe: shape .*, expected \[T, H, R\] with"),
+    ({"q_pe": torch.zeros(6, H + 1, R)}, ValueError, r"q_pe: shape .*, expected \[T, H, R\] with"),
+    (
+        {"attn_mask": torch.zeros(5, 24)},
+        ValueError,
+        r"attn_mask: .*broadcastable to \[H, T, S\] with 1 sequences, 4 heads and 6 query tokens",
+    ),
+    ({"indices": int32([[[0]]])}, ValueError, r"indices: shape .*, expected \[T, topk\] = \[6, 1\]"),
+]
+
 ALL_ERRORS = [
     (name, *case)
     for names, cases in (
         (("mla_attention",), QUERY_ERRORS),
         (("mla_attention", "mla_attention_kv_b"), KEY_ERRORS),
         (("mla_attention_kv_b",), KV_B_ERRORS),
+        (("ragged",), RAGGED_ERRORS),
         (("concat_and_cache_mla",), APPEND_ERRORS),
         (("gather_cache",), GATHER_ERRORS),
         (("merge_attn_states",), MERGE_ERRORS),
@@ -374,7 +413,7 @@ ALL_ERRORS = [
 
 @pytest.mark.parametrize("name", list(ARGUMENTS))
 def test_the_unchanged_arguments_are_fine(name: str) -> None:
-    getattr(ops, name)(**ARGUMENTS[name]())
+    operator(name)(**ARGUMENTS[name]())
 
 
 @pytest.mark.parametrize(
@@ -389,7 +428,7 @@ def test_error(name: str, changes: dict[str, Any], error: type[Exception], messa
     readable = readable and cache.untyped_storage().nbytes() > 0
     before = cache.clone() if readable else None
     with pytest.raises(error, match=message):
-        getattr(ops, name)(**arguments)
+        operator(name)(**arguments)
     if readable:
         assert torch.equal(cache, before), "the cache was written before the error"
 

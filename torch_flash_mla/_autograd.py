@@ -37,14 +37,16 @@ def _backward(
     k_pe_cache: Tensor | None,
     window: int,
     kv_cache_dtype: str,
+    cu_seqlens_q: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     """See :func:`torch_flash_mla.ops.mla_attention_backward`."""
-    _, q_len, heads, _ = q.shape
+    heads = q.shape[-2]
+    starts = None if cu_seqlens_q is None else cu_seqlens_q.tolist()
     # Queries are [.., main | rope], where main is the latent query or what W_UK makes it from.
     main = head_dim_v if w_kv_b is None else w_kv_b.shape[1] - head_dim_v
     latent = head_dim_v if w_kv_b is None else w_kv_b.shape[2]
-    rope = q.shape[3] - main if q_pe is None else q_pe.shape[3]
+    rope = q.shape[-1] - main if q_pe is None else q_pe.shape[-1]
     w_uk = w_uv = None
     if w_kv_b is not None:
         w_uk, w_uv = w_kv_b.float().split([main, head_dim_v], dim=1)
@@ -61,6 +63,9 @@ def _backward(
     for b, length in enumerate(cache_seqlens.tolist()):
         if length == 0:
             continue
+        # The query tokens of this sequence, as a slice of tensors [T, ..] or a row of [B, Sq, ..].
+        here = b if starts is None else slice(starts[b], starts[b + 1])
+        q_len = q[here].shape[0]
         keys = _keys(
             kv_cache, k_pe_cache, block_table, cache_seqlens, b, latent, rope, kv_cache_dtype
         )
@@ -69,18 +74,23 @@ def _backward(
         chunk = max(1, _MAX_PROBABILITIES // max(1, heads * length))
         for begin in range(0, q_len, chunk):
             tokens = slice(begin, min(begin + chunk, q_len))
-            bias = _bias(b, tokens, q_len, length, causal, window, leftpad, attn_mask)
+            mask = None if attn_mask is None else _mask_rows(attn_mask, b, starts, tokens)
+            bias = _bias(tokens, q_len, length, causal, window, leftpad, mask)
             if indices is not None:
-                chosen = indices[b, tokens, : None if topk_length is None else int(topk_length[b])]
+                limit = None if topk_length is None else int(topk_length[b])
+                chosen = indices[here][tokens, :limit]
                 bias = bias.masked_fill(~_listed(chosen, length).unsqueeze(1), -torch.inf)
-            q_main = q[b, tokens, :, :main].float()
-            q_rope = (q[b, tokens, :, main:] if q_pe is None else q_pe[b, tokens]).float()
+            q_main = q[here][tokens, :, :main].float()
+            q_rope = (q[here][tokens, :, main:] if q_pe is None else q_pe[here][tokens]).float()
             q_latent = q_main if w_uk is None else torch.einsum("shp,hpl->shl", q_main, w_uk)
             shape = (q_main.shape[0], heads)
-            g_out = (
-                torch.zeros(*shape, head_dim_v) if grad_out is None else grad_out[b, tokens].float()
-            )
-            g_lse = torch.zeros(shape) if grad_lse is None else grad_lse[b, :, tokens].float().T
+            g_out = torch.zeros(*shape, head_dim_v)
+            if grad_out is not None:
+                g_out = grad_out[here][tokens].float()
+            g_lse = torch.zeros(shape)
+            if grad_lse is not None:
+                of_sequence = grad_lse[b] if starts is None else grad_lse[:, here]
+                g_lse = of_sequence[:, tokens].float().T
             g_latent = g_out if w_uv is None else torch.einsum("shv,hvl->shl", g_out, w_uv)
             out, g_q, g_k, g_sink = _attention_gradients(
                 torch.cat([q_latent, q_rope], dim=-1),
@@ -99,11 +109,11 @@ def _backward(
             if grad_q is not None:
                 if w_uk is not None:
                     g_main = torch.einsum("shl,hpl->shp", g_main, w_uk)
-                grad_q[b, tokens, :, :main] = g_main.to(q.dtype)
+                grad_q[here][tokens, :, :main] = g_main.to(q.dtype)
                 if q_pe is None:
-                    grad_q[b, tokens, :, main:] = g_rope.to(q.dtype)
+                    grad_q[here][tokens, :, main:] = g_rope.to(q.dtype)
             if grad_q_pe is not None:
-                grad_q_pe[b, tokens] = g_rope.to(q.dtype)
+                grad_q_pe[here][tokens] = g_rope.to(q.dtype)
             if grad_sink is not None and g_sink is not None:
                 grad_sink += g_sink
             if grad_keys is not None:
@@ -171,15 +181,26 @@ def _keys(
     return torch.cat(parts, dim=-1).float()
 
 
+def _mask_rows(
+    attn_mask: Tensor, b: int, starts: list[int] | None, tokens: slice
+) -> Tensor:
+    """[tokens or 1, H or 1, S]: the rows of a mask for some queries of sequence ``b``."""
+    mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+    mask = mask[b if mask.shape[0] > 1 else 0]
+    if mask.shape[1] > 1:
+        first = 0 if starts is None else starts[b]
+        mask = mask[:, first + tokens.start : first + tokens.stop]
+    return mask.transpose(0, 1)
+
+
 def _bias(
-    b: int,
     tokens: slice,
     q_len: int,
     length: int,
     causal: bool,
     window: int,
     leftpad: int,
-    attn_mask: Tensor | None,
+    mask: Tensor | None,
 ) -> Tensor:
     """float32 [tokens, H or 1, length]: what is added to the logits; minus infinity hides a key."""
     position = torch.arange(length)
@@ -190,11 +211,9 @@ def _bias(
     if window > 0:
         keep &= position >= last - window
     bias = torch.zeros(keep.shape).masked_fill(~keep, -torch.inf).unsqueeze(1)
-    if attn_mask is None:
+    if mask is None:
         return bias
-    mask = attn_mask[(None,) * (4 - attn_mask.dim())]
-    mask = mask[b if mask.shape[0] > 1 else 0]
-    mask = mask[:, tokens if mask.shape[1] > 1 else slice(None), :length].transpose(0, 1)
+    mask = mask[..., :length]
     if mask.dtype == torch.bool:
         return bias.masked_fill(~mask, -torch.inf)
     lowest = torch.finfo(mask.dtype).min

@@ -54,6 +54,7 @@ def _mla_attention(
         attn_sink=attn_sink,
         q_pe=q_pe,
         k_pe_cache=k_pe_cache,
+        cu_seqlens_q=cu_seqlens_q,
     )
     return _attention_results(q, head_dim_v)
 
@@ -94,14 +95,15 @@ def _mla_attention_kv_b(
         attn_sink=attn_sink,
         q_pe=q_pe,
         k_pe_cache=k_pe_cache,
+        cu_seqlens_q=cu_seqlens_q,
     )
     return _attention_results(q, head_dim_v)
 
 
 def _attention_results(q: Tensor, head_dim_v: int) -> tuple[Tensor, Tensor]:
-    batch, q_len, heads, _ = q.shape
-    out = q.new_empty(batch, q_len, heads, head_dim_v)
-    return out, q.new_empty(batch, heads, q_len, dtype=torch.float32)
+    *batch, q_len, heads, _ = q.shape  # ragged: no batch
+    out = q.new_empty(*batch, q_len, heads, head_dim_v)
+    return out, q.new_empty(*batch, heads, q_len, dtype=torch.float32)
 
 
 @torch.library.register_fake("flashmla::concat_and_cache_mla")
@@ -175,6 +177,7 @@ def _mla_attention_backward(
     k_pe_cache: Tensor | None,
     window: int,
     kv_cache_dtype: str,
+    cu_seqlens_q: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     inputs = (q, kv_cache, w_kv_b, attn_sink, q_pe, k_pe_cache)

@@ -67,12 +67,15 @@ def mla_attention(
         k_pe_cache: [num_blocks, block_size, R], dtype of ``kv_cache`` (float formats only).
         window: above 0: the last ``window`` of the keys that length and ``causal`` leave.
         kv_cache_dtype: "auto" (the float dtype of ``kv_cache``) or the name of a format.
-        cu_seqlens_q: queries of ragged length, not implemented yet.
+        cu_seqlens_q: int32 [B + 1] from 0 to T, for queries of ragged length: those of sequence b
+            are tokens ``cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1`` of q [T, H, *], so one call
+            serves prompts and decoding together. Then q_pe is [T, H, R], ``indices`` [T, topk] and
+            ``attn_mask`` broadcastable to [H, T, S].
 
     Returns:
-        out: [B, Sq, H, L], dtype of ``q``. A query that sees no key gets 0.
-        lse: float32 [B, H, Sq], natural log of the softmax sum without the sink; minus infinity for
-            a query that sees no key.
+        out: [B, Sq, H, L], dtype of ``q``; ragged [T, H, L]. A query that sees no key gets 0.
+        lse: float32 [B, H, Sq], ragged [H, T]: natural log of the softmax sum without the sink;
+            minus infinity for a query that sees no key.
     """
     return torch.ops.flashmla.mla_attention(
         q,
@@ -118,24 +121,26 @@ def mla_attention_kv_b(
 ) -> tuple[Tensor, Tensor]:
     """Attention of queries as the model makes them; values come out as the model wants them.
 
-    Chooses between the two forms of the same attention: absorbed (queries are projected into the
-    latent space) and expanded (keys and values are made from the latent).
+    There are two forms of the same attention: *absorbed* (queries are projected into the latent
+    space, for decoding and short queries) and *expanded* (keys and values of each head are made
+    from the latent in a buffer of bounded size, for prompts). For each sequence the operator takes
+    the one that costs less by a model of rows, keys, history and arithmetic.
 
     Differentiable like :func:`mla_attention`, and in w_kv_b.
 
     Args:
-        q: [B, Sq, H, P + R], or [B, Sq, H, P] with ``q_pe`` [B, Sq, H, R].
+        q: [B, Sq, H, P + R], or [B, Sq, H, P] with ``q_pe`` [B, Sq, H, R]; ragged: [T, H, *].
         w_kv_b: [H, P + V, L], dtype of ``q``: ``kv_b_proj.weight.view(H, P + V, L)``, per head the
             rows that make keys, then those that make values.
         head_dim_v: V.
-        form: "auto", "absorbed" or "expanded". For now "auto" is the absorbed form and "expanded"
-            raises NotImplementedError.
+        form: "auto", "absorbed" or "expanded", which refuses ``indices``: sparse attention is
+            always absorbed.
 
     The other arguments are those of :func:`mla_attention`.
 
     Returns:
-        out: [B, Sq, H, V], dtype of ``q``.
-        lse: float32 [B, H, Sq].
+        out: [B, Sq, H, V], dtype of ``q``; ragged [T, H, V].
+        lse: float32 [B, H, Sq]; ragged [H, T].
     """
     return torch.ops.flashmla.mla_attention_kv_b(
         q,
@@ -271,6 +276,7 @@ def mla_attention_backward(
     k_pe_cache: Tensor | None,
     window: int,
     kv_cache_dtype: str,
+    cu_seqlens_q: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the two attention operators, for autograd (:mod:`torch_flash_mla._autograd`).
@@ -303,6 +309,7 @@ def mla_attention_backward(
         k_pe_cache,
         window,
         kv_cache_dtype,
+        cu_seqlens_q,
         needs,
     )
 

@@ -52,6 +52,7 @@ struct Rest {
   const OptionalTensor& topk_length;
   int64_t window;
   std::string_view kv_cache_dtype;
+  const OptionalTensor& cu_seqlens_q;
 };
 
 struct MlaAttention : torch::autograd::Function<MlaAttention> {
@@ -74,7 +75,8 @@ struct MlaAttention : torch::autograd::Function<MlaAttention> {
     context->save_for_backward({q, kv_cache, given(w_kv_b), given(attn_sink), given(q_pe),
                                 given(k_pe_cache), given(rest.block_table), rest.cache_seqlens,
                                 given(rest.attn_mask), given(rest.cache_leftpad),
-                                given(rest.indices), given(rest.topk_length)});
+                                given(rest.indices), given(rest.topk_length),
+                                given(rest.cu_seqlens_q)});
     context->saved_data["head_dim_v"] = rest.head_dim_v;
     context->saved_data["softmax_scale"] = rest.softmax_scale;
     context->saved_data["causal"] = rest.causal;
@@ -89,7 +91,7 @@ struct MlaAttention : torch::autograd::Function<MlaAttention> {
     using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
     static const auto op =
         find<Gradients(O, O, T, T, O, T, O, int64_t, double, bool, O, O, O, O, O, O, O, int64_t,
-                       std::string_view, c10::List<bool>)>("flashmla::_mla_attention_backward");
+                       std::string_view, O, c10::List<bool>)>("flashmla::_mla_attention_backward");
     const variable_list saved = context->get_saved_variables();
     auto given = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
     c10::List<bool> needs;
@@ -104,7 +106,8 @@ struct MlaAttention : torch::autograd::Function<MlaAttention> {
                 given(saved[2]), setting["head_dim_v"].toInt(), setting["softmax_scale"].toDouble(),
                 setting["causal"].toBool(), given(saved[8]), given(saved[9]), given(saved[10]),
                 given(saved[11]), given(saved[3]), given(saved[4]), given(saved[5]),
-                setting["window"].toInt(), setting["kv_cache_dtype"].toStringView(), needs);
+                setting["window"].toInt(), setting["kv_cache_dtype"].toStringView(),
+                given(saved[12]), needs);
     variable_list results = {q, kv_cache, w_kv_b, attn_sink, q_pe, k_pe_cache};
     for (size_t i = 0; i < kDifferentiable; ++i) {
       if (!needs[i]) results[i] = Tensor();
@@ -134,7 +137,7 @@ Results mla_attention_autograd(c10::DispatchKeySet keys, const Tensor& q, const 
   if (!records(q, kv_cache, attn_mask, attn_sink, q_pe, k_pe_cache)) return call();
   const Rest rest = {block_table, cache_seqlens, head_dim_v,    softmax_scale,
                      causal,      attn_mask,     cache_leftpad, indices,
-                     topk_length, window,        kv_cache_dtype};
+                     topk_length, window,        kv_cache_dtype, cu_seqlens_q};
   const variable_list results =
       MlaAttention::apply(q, kv_cache, OptionalTensor(), attn_sink, q_pe, k_pe_cache, rest, call);
   return {results[0], results[1]};
@@ -159,7 +162,7 @@ Results mla_attention_kv_b_autograd(
   if (!records(q, kv_cache, w_kv_b, attn_mask, attn_sink, q_pe, k_pe_cache)) return call();
   const Rest rest = {block_table, cache_seqlens, head_dim_v,    softmax_scale,
                      causal,      attn_mask,     cache_leftpad, indices,
-                     topk_length, window,        kv_cache_dtype};
+                     topk_length, window,        kv_cache_dtype, cu_seqlens_q};
   const variable_list results = MlaAttention::apply(q, kv_cache, OptionalTensor(w_kv_b), attn_sink,
                                                     q_pe, k_pe_cache, rest, call);
   return {results[0], results[1]};

@@ -53,7 +53,8 @@ TORCH_LIBRARY(flashmla, m) {
       "Tensor? block_table, Tensor cache_seqlens, Tensor? w_kv_b, int head_dim_v, "
       "float softmax_scale, bool causal, Tensor? attn_mask, Tensor? cache_leftpad, "
       "Tensor? indices, Tensor? topk_length, Tensor? attn_sink, Tensor? q_pe, "
-      "Tensor? k_pe_cache, int window, str kv_cache_dtype, bool[] needs) -> (Tensor, Tensor, "
+      "Tensor? k_pe_cache, int window, str kv_cache_dtype, Tensor? cu_seqlens_q, bool[] needs) "
+      "-> (Tensor, Tensor, "
       "Tensor, Tensor, Tensor, Tensor)");
 
   // For tests and reports: the instruction set in use, those this machine can run, forcing one (""
