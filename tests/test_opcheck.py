@@ -102,6 +102,47 @@ def test_opcheck_attention_kv_b(kv_cache_dtype: str, grad: bool) -> None:
     check(torch.ops.flashmla.mla_attention_kv_b.default, *case.attention_kv_b())
 
 
+def ragged(case: Case, kv_b: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call of a case with 2, 0 and 4 query tokens."""
+    (q, *rest), keywords = case.attention_kv_b() if kv_b else case.attention()
+    tokens = q.flatten(0, 1)[:6].clone().requires_grad_(q.requires_grad)
+    return (tokens, *rest), {
+        **keywords,
+        "cu_seqlens_q": torch.tensor([0, 2, 2, 6], dtype=torch.int32),
+    }
+
+
+@pytest.mark.parametrize("kv_b", [False, True])
+def test_opcheck_ragged(kv_b: bool) -> None:
+    case = Case("float32")
+    require_grad(case.q, case.q_model, case.w_kv_b, case.kv_cache)
+    name = "mla_attention_kv_b" if kv_b else "mla_attention"
+    check(getattr(torch.ops.flashmla, name).default, *ragged(case, kv_b))
+
+
+@pytest.mark.parametrize("options", ["none", "mask", "indices"])
+@pytest.mark.parametrize("kv_b", [False, True])
+def test_gradients_of_ragged_queries(kv_b: bool, options: str) -> None:
+    case = Case("float32", lengths=(21, 9, 5))
+    if options == "mask":
+        case.options = {"attn_mask": torch.randn(HEADS, 6, 24)}
+    elif options == "indices":
+        lists = [[20, 0], [3, -1], [1, 40], [1, 0], [-1, 3], [0, 2]]
+        case.options = {"indices": torch.tensor(lists, dtype=torch.int32)}
+    require_grad(case.q, case.q_model, case.w_kv_b, case.kv_cache)
+    arguments, keywords = ragged(case, kv_b)
+    inputs = [arguments[0], case.kv_cache, *([case.w_kv_b] if kv_b else [])]
+    gradients = []
+    for module in (ops, reference):
+        function = getattr(module, "mla_attention_kv_b" if kv_b else "mla_attention")
+        out, lse = function(*arguments, **keywords)
+        loss = (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)).sum()
+        loss = loss + lse[lse.isfinite()].sum()
+        gradients.append(torch.autograd.grad(loss, inputs))
+    for actual, expected in zip(*gradients, strict=True):
+        close(actual, expected, 1e-5)
+
+
 def test_opcheck_every_option() -> None:
     case = Case("float32", q_len=5)
     case.options = {

@@ -242,7 +242,11 @@ KEY_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"attn_mask: .* 15 columns, expected at least .*16",
     ),
-    ({"attn_mask": torch.zeros(2, SQ, 16)}, ValueError, r"attn_mask: .* \[2, 4, 3, S\]"),
+    (
+        {"attn_mask": torch.zeros(2, SQ, 16)},
+        ValueError,
+        r"attn_mask: .* \[B, H, Sq, S\] with 2 sequences, 4 heads and 3 query tokens",
+    ),
     ({"attn_mask": torch.zeros(3, 1, 1, 16)}, ValueError, r"attn_mask: shape \[3, 1, 1, 16\]"),
     ({"attn_mask": torch.zeros(1, 1, 1, 1, 16)}, ValueError, r"attn_mask: shape"),
     ({"attn_mask": torch.zeros(())}, ValueError, r"attn_mask: shape \[\]"),
@@ -269,7 +273,7 @@ KEY_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     ({"indices": INDICES, "topk_length": int32(-1, 0)}, ValueError, r"topk_length\[0\]: -1"),
     ({"indices": meta(B, SQ, 5)}, RuntimeError, r"indices: on device meta"),
-    ({"cu_seqlens_q": int32(0, 3, 6)}, ValueError, r"q: shape .* \[T, H, head_dim\] as cu_seqlens_q"),
+    ({"cu_seqlens_q": int32(0, 3, 6)}, ValueError, r"q: shape .* \[T, H, head_dim\] as cu_seq"),
 ]
 
 KV_B_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -371,7 +375,7 @@ COPY_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 RAGGED_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"cu_seqlens_q": None}, ValueError, r"q: shape .* has 3 dimensions, expected \[B, Sq, H, head"),
+    ({"cu_seqlens_q": None}, ValueError, r"q: .* has 3 dimensions, expected \[B, Sq, H, head"),
     ({"cu_seqlens_q": torch.tensor([0, 2, 6])}, TypeError, r"cu_seqlens_q: dtype Long, expected I"),
     ({"cu_seqlens_q": int32([0, 2, 6])}, ValueError, r"cu_seqlens_q: shape \[1, 3\], expected \[B"),
     ({"cu_seqlens_q": int32()}, ValueError, r"cu_seqlens_q: shape \[0\], expected \[B \+ 1\]"),
@@ -382,16 +386,19 @@ RAGGED_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
         r"cu_seqlens_q\[2\]: 6, expected at least cu_seqlens_q\[1\] = 7",
     ),
     ({"cu_seqlens_q": int32(0, 2, 5)}, ValueError, r"cu_seqlens_q\[2\]: 5, expected .* = 6"),
-    ({"cu_seqlens_q": int32(0, 6)}, ValueError, r"cache_seqlens: shape \[2\], expected \[B\] = \[1"),
+    ({"cu_seqlens_q": int32(0, 6)}, ValueError, r"cache_seqlens: shape \[2\], expected \[B\]"),
     ({"cu_seqlens_q": meta(3)}, RuntimeError, r"cu_seqlens_q: on device meta"),
-    ({"q_pe": torch.zeros(5, H, R)}, ValueError, r"q_pe: shape .*, expected \[T, H, R\] with"),
-    ({"q_pe": torch.zeros(6, H + 1, R)}, ValueError, r"q_pe: shape .*, expected \[T, H, R\] with"),
+    (
+        {"q": torch.zeros(6, H, L), "q_pe": torch.zeros(5, H, R)},
+        ValueError,
+        r"q_pe: shape .*, expected \[T, H, R\] with",
+    ),
     (
         {"attn_mask": torch.zeros(5, 24)},
         ValueError,
         r"attn_mask: .*broadcastable to \[H, T, S\] with 1 sequences, 4 heads and 6 query tokens",
     ),
-    ({"indices": int32([[[0]]])}, ValueError, r"indices: shape .*, expected \[T, topk\] = \[6, 1\]"),
+    ({"indices": int32([[[0]]])}, ValueError, r"indices: .*, expected \[T, topk\] = \[6, 1\]"),
 ]
 
 ALL_ERRORS = [
@@ -579,7 +586,7 @@ def any_attention_arguments(draw: st.DrawFn) -> dict[str, Any]:
     if name in PACKED_FORMATS and draw(st.booleans()):
         cache = torch.ones(BLOCKS, BLOCK_SIZE, row_bytes(name, L, R), dtype=torch.uint8)
     two = draw(st.integers(0, 3)) == 0
-    return {
+    arguments = {
         "q": draw(tensors(B, SQ, H, L + R)),
         "kv_cache": cache[..., :L] if two else cache,
         "k_pe_cache": draw(tensors(BLOCKS, BLOCK_SIZE, R)) if two else None,
@@ -597,6 +604,17 @@ def any_attention_arguments(draw: st.DrawFn) -> dict[str, Any]:
         "window": draw(st.sampled_from([0, 0, 1, 5, -1, 1 << 40])),
         "kv_cache_dtype": name,
     }
+    if draw(st.integers(0, 3)) == 0:  # ragged
+        first = draw(st.integers(0, B * SQ))
+        right = int32(0, first, B * SQ)
+        wild = integers(B + 1, dtype=torch.int32, high=B * SQ)
+        arguments["cu_seqlens_q"] = draw(st.one_of(st.just(right), st.just(right), wild))
+        if draw(st.integers(0, 3)) > 0:
+            for key in ("q", "q_pe", "indices"):
+                t = arguments[key]
+                arguments[key] = t.flatten(0, 1) if t is not None and t.dim() > 1 else t
+            arguments["attn_mask"] = draw(maybe(tensors(1, B * SQ, 24)))
+    return arguments
 
 
 FUZZ = settings(
@@ -613,15 +631,16 @@ def test_fuzz_attention(arguments: dict[str, Any]) -> None:
         assert ":" in str(error)
         return
     q = arguments["q"]
-    assert out.shape == (*q.shape[:3], arguments["head_dim_v"]) and out.dtype == q.dtype
-    assert lse.shape == (q.shape[0], q.shape[2], q.shape[1])
+    assert out.shape == (*q.shape[:-1], arguments["head_dim_v"]) and out.dtype == q.dtype
+    assert lse.shape == q[..., 0].mT.shape
 
 
 @FUZZ
 @given(any_attention_arguments(), st.data())
 def test_fuzz_attention_kv_b(arguments: dict[str, Any], data: st.DataObject) -> None:
     if data.draw(st.booleans()):
-        arguments["q"] = torch.ones(B, SQ, H, P + R)
+        ragged = arguments.get("cu_seqlens_q") is not None
+        arguments["q"] = torch.ones(*((B * SQ,) if ragged else (B, SQ)), H, P + R)
     arguments["head_dim_v"] = data.draw(st.sampled_from([V, V, V, 0, P + V]))
     arguments["w_kv_b"] = data.draw(tensors(H, P + V, L))
     arguments["form"] = data.draw(st.sampled_from(["auto", "absorbed", "expanded", ""]))
@@ -630,7 +649,7 @@ def test_fuzz_attention_kv_b(arguments: dict[str, Any], data: st.DataObject) -> 
     except ERRORS as error:
         assert ":" in str(error)
         return
-    assert out.shape == (*arguments["q"].shape[:3], arguments["head_dim_v"])
+    assert out.shape == (*arguments["q"].shape[:-1], arguments["head_dim_v"])
 
 
 @FUZZ

@@ -61,7 +61,7 @@ def run(case: Case, arguments: dict[str, Any], form: str = "auto") -> tuple[Tens
         return ops.mla_attention_kv_b(**arguments, form=form)
 
 
-LENGTHS = [300, 97, 0, 131]  # keys; 97 has fewer keys than queries
+LENGTHS = [180, 40, 0, 67]  # keys; 40 are fewer than queries
 KEYS = mla_cases.FACTORS["keys"]
 
 
@@ -79,9 +79,9 @@ def test_forms_agree_with_the_reference(q_dtype, keys, isa):
     case = Case(
         isa,
         cache_format,
-        heads=3,
+        heads=2,
         dims=dims,
-        q_len=130,
+        q_len=66,
         q_dtype=q_dtype,
         keys=keys,
         layout=layouts[turn % len(layouts)],
@@ -95,9 +95,9 @@ def test_forms_agree_with_the_reference(q_dtype, keys, isa):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("heads", [1, 5, 20])
 @pytest.mark.parametrize("q_len", [1, 2, 64, 65, 257])
-def test_any_number_of_queries_expanded(q_len, heads, isa):
+def test_any_number_of_queries_expanded(q_len, isa):
+    heads = {1: 20, 2: 5}.get(q_len, 3)
     case = Case(isa, "fp32", heads=heads, dims=(64, 16), q_len=q_len, keys="causal")
     problem = make_problem(case, [q_len + 70, 3])
     arguments = with_weight(problem, 17, 33)
@@ -144,8 +144,8 @@ def test_prompt_in_pieces(cache_format):
     check(case, out, lse, expected[0, order], expected_lse[0][:, order])
 
 
-RAGGED = [1, 140, 0, 1, 7, 260, 2]  # query tokens of each sequence
-RAGGED_KEYS = [77, 140, 30, 1, 4, 300, 0]
+RAGGED = [1, 70, 0, 1, 7, 130, 2]  # query tokens of each sequence
+RAGGED_KEYS = [77, 70, 30, 1, 4, 150, 0]
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -164,11 +164,11 @@ def test_ragged(limit, form, isa):
     }
     if limit in ("mask", "head mask"):
         heads = 3 if limit == "head mask" else 1
-        arguments["attn_mask"] = torch.randn(heads, tokens, 300, generator=generator)
+        arguments["attn_mask"] = torch.randn(heads, tokens, 150, generator=generator)
     elif limit == "interval mask":
-        first = torch.randint(0, 150, (tokens, 1), generator=generator)
-        position = torch.arange(300)
-        arguments["attn_mask"] = (position >= first) & (position < first + 90)
+        first = torch.randint(0, 90, (tokens, 1), generator=generator)
+        position = torch.arange(150)
+        arguments["attn_mask"] = (position >= first) & (position < first + 50)
     kv_cache = arguments["kv_cache"]
     if limit not in ("causal", "mask", "head mask"):  # those see every cell
         arguments["kv_cache"] = kv_cache.nan_to_num()
@@ -186,7 +186,7 @@ def test_ragged_index_lists():
     problem = make_problem(case, RAGGED_KEYS)
     generator = case.generator()
     tokens = sum(RAGGED)
-    order = torch.rand(tokens, 320, generator=generator).argsort(dim=1)[:, :40]
+    order = torch.rand(tokens, 160, generator=generator).argsort(dim=1)[:, :40]
     arguments = problem.arguments | {
         "q": torch.randn(tokens, 2, 96, generator=generator),
         "cu_seqlens_q": torch.tensor([0, *RAGGED]).cumsum(0).int(),
@@ -196,8 +196,6 @@ def test_ragged_index_lists():
     }
     expected, expected_lse = reference.mla_attention(**arguments)
     check(case, *ops.mla_attention(**arguments), expected, expected_lse)
-    merged, _ = ops.merge_attn_states(*ops.mla_attention(**arguments), expected.float(), expected_lse.float())
-    check(case, merged, expected_lse.float(), expected, expected_lse)
 
 
 def test_ragged_is_the_padded_call():
@@ -214,6 +212,23 @@ def test_ragged_is_the_padded_call():
     )
     assert torch.equal(ragged, out.flatten(0, 1))
     assert torch.equal(ragged_lse, lse.transpose(0, 1).flatten(1))
+
+
+def test_merge_of_ragged_results():
+    """Two halves of the keys of a ragged call, merged, are the call over all keys."""
+    case = Case(ISAS[-1], "fp32", heads=3, dims=(64, 32))
+    problem = make_problem(case, [90, 40])
+    arguments = problem.arguments | {
+        "q": torch.randn(7, 3, 96, generator=case.generator()),
+        "cu_seqlens_q": torch.tensor([0, 5, 7], dtype=torch.int32),
+    }
+    position = torch.arange(90)
+    halves = [
+        ops.mla_attention(**arguments, attn_mask=keep) for keep in (position < 30, position >= 30)
+    ]
+    sink = torch.tensor([0.5, -1.0, 2.0])
+    out, lse = ops.merge_attn_states(*halves[0], *halves[1], sink)
+    check(case, out, lse, *reference.mla_attention(**arguments, attn_sink=sink))
 
 
 def test_keys_beyond_the_buffer_come_in_parts():
@@ -237,7 +252,7 @@ def test_prompt_of_a_mask_with_intervals_takes_causal_speed():
     arguments = with_weight(problem, 128, 128)
     out, lse = run(case, arguments)
     mask = torch.ones(200, 200, dtype=torch.bool).tril()
-    for form in (mask, torch.zeros(200, 200).masked_fill(~mask, -torch.inf)):
-        masked, masked_lse = run(case, arguments | {"causal": False, "attn_mask": form})
+    for same in (mask, torch.zeros(200, 200).masked_fill(~mask, -torch.inf)):
+        masked, masked_lse = run(case, arguments | {"causal": False, "attn_mask": same})
         assert torch.equal(masked, out)
         assert torch.equal(masked_lse, lse)

@@ -46,7 +46,8 @@ def mla_attention(
         head_dim_v: L.
         softmax_scale: factor of the dot products.
         causal: query s of Sq sees the keys before position length - Sq + s + 1.
-        attn_mask: bool (True: keep) or float (added), broadcastable to [B, H, Sq, S].
+        attn_mask: bool (True: keep) or float (added), broadcastable to [B, H, Sq, S]; ragged:
+            [H, T, S].
         cache_leftpad: int [B], keys at the start that nobody sees.
         indices: int [B, Sq, topk] (ragged: [T, topk]), the positions a query may see, -1 for none.
         topk_length: int [B], how many of the ``indices`` count.
@@ -87,7 +88,10 @@ def mla_attention(
         bias = torch.zeros((), dtype=torch.float64)
         if attn_mask is not None:
             mask = attn_mask[(None,) * (4 - attn_mask.dim())]
-            bias = additive_mask(mask[b if mask.shape[0] > 1 else 0])[..., :length]
+            mask = mask[b if mask.shape[0] > 1 else 0]
+            if cu_seqlens_q is not None and mask.shape[1] > 1:
+                mask = mask[:, int(cu_seqlens_q[b]) : int(cu_seqlens_q[b + 1])]
+            bias = additive_mask(mask)[..., :length]
         bias = bias.masked_fill(~keep, -torch.inf).expand(heads, q_len, length)
         out_b, lse_b = attend(queries[b], keys, head_dim_v, softmax_scale, bias, attn_sink)
         out.append(out_b)
