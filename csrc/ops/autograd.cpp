@@ -135,8 +135,8 @@ Results mla_attention_autograd(c10::DispatchKeySet keys, const Tensor& q, const 
                          cu_seqlens_q);
   };
   if (!records(q, kv_cache, attn_mask, attn_sink, q_pe, k_pe_cache)) return call();
-  const Rest rest = {block_table, cache_seqlens, head_dim_v,    softmax_scale,
-                     causal,      attn_mask,     cache_leftpad, indices,
+  const Rest rest = {block_table, cache_seqlens, head_dim_v,     softmax_scale,
+                     causal,      attn_mask,     cache_leftpad,  indices,
                      topk_length, window,        kv_cache_dtype, cu_seqlens_q};
   const variable_list results =
       MlaAttention::apply(q, kv_cache, OptionalTensor(), attn_sink, q_pe, k_pe_cache, rest, call);
@@ -160,8 +160,8 @@ Results mla_attention_kv_b_autograd(
                          cu_seqlens_q, form);
   };
   if (!records(q, kv_cache, w_kv_b, attn_mask, attn_sink, q_pe, k_pe_cache)) return call();
-  const Rest rest = {block_table, cache_seqlens, head_dim_v,    softmax_scale,
-                     causal,      attn_mask,     cache_leftpad, indices,
+  const Rest rest = {block_table, cache_seqlens, head_dim_v,     softmax_scale,
+                     causal,      attn_mask,     cache_leftpad,  indices,
                      topk_length, window,        kv_cache_dtype, cu_seqlens_q};
   const variable_list results = MlaAttention::apply(q, kv_cache, OptionalTensor(w_kv_b), attn_sink,
                                                     q_pe, k_pe_cache, rest, call);
