@@ -92,7 +92,7 @@ def test_prefill(tmp_path: Path) -> None:
         (name, form) for name in ("bf16", "q8_kv") for form in ("auto", "absorbed")
     ]
     for row in rows:
-        flop = 2 * (192 + 128) * 2 * 33 * 34 / 2
+        flop = 2 * (2 * 320 * 33 * 34 / 2 + 2 * 33 * 512 * 256)
         assert row["gflops"] == pytest.approx(flop / row["seconds"] / 1e9)
         assert row["torch_padded_gflops"] > 0
 

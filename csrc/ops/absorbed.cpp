@@ -13,12 +13,14 @@ Tensor by_head(const Tensor& t) {
   return t.movedim(-2, 0).reshape({t.size(-2), t.numel() / (t.size(-2) * t.size(-1)), t.size(-1)});
 }
 
-// A slice of w_kv_b as a product takes it best: oneDNN (bf16) wants a dense matrix, transposed or
-// not. Copying the slice is quick; ATen, given the transposed slice, would copy it element by
-// element.
-Tensor dense(const Tensor& weight, at::ScalarType type) {
-  const Tensor converted = weight.to(type);
-  return type == at::kFloat ? converted : converted.contiguous();
+// out_latent [H, tokens, L] @ W_UV^T -> [H, tokens, V]
+Tensor project(const Tensor& out_latent, const Tensor& uv) {
+  // f32: the weight from the left, where it lies. ATen would copy its transpose, element by
+  // element.
+  if (uv.scalar_type() == at::kFloat) return at::bmm(uv, out_latent.transpose(1, 2)).mT();
+  // bf16: oneDNN wants dense matrices, transposed or not, so one of the two is copied; a plain copy
+  // of the weight is quick (decoding one token, 16 heads: 220 us with it, 320 from the left).
+  return at::bmm(out_latent, uv.contiguous().transpose(1, 2));
 }
 
 // Rows of t [H, tokens, width] under the numbers that tokens have in the call.
@@ -43,22 +45,17 @@ Tensor attend_absorbed(AttentionParams p, const Tensor& q_main, const Tensor& q_
   // ATen's fp16 products are slow on CPUs without fp16 arithmetic, and a latent query rounded to
   // fp16 may overflow.
   const at::ScalarType working = type == at::kHalf ? at::kFloat : type;
-  const Tensor q_latent = at::bmm(by_head(q_main).to(working), dense(w.uk, working));
+  const Tensor q_latent = at::bmm(by_head(q_main).to(working), w.uk.to(working));
   const Tensor rope = q_rope.to(working);
   const Tensor out_latent = uninitialised(q_latent.sizes(), working);
   if (q_latent.numel() > 0) {
     run_attention(p, float_type(working, "q"), rows_by_head(q_latent, p), rows_of_run(rope, p),
                   rows_by_head(out_latent, p));
   }
-  std::vector<int64_t> shape = q_main.sizes().vec();  // [H, .., V], where .. are the tokens
-  shape.pop_back();
+  const Tensor values = project(out_latent, w.uv.to(working));
+  std::vector<int64_t> shape = q_main.sizes().vec();
   shape.back() = w.uv.size(1);
-  shape.insert(shape.begin(), w.uv.size(0));
-  return at::bmm(out_latent, dense(w.uv, working).transpose(1, 2))
-      .view(shape)
-      .movedim(0, -2)
-      .to(type)
-      .contiguous();
+  return values.transpose(0, 1).to(type).reshape(shape);
 }
 
 }  // namespace flashmla

@@ -17,7 +17,7 @@ Examples:
     python -m torch_flash_mla.bench decode --isa all --queries 1,2,4,8 --json rows.json
     python -m torch_flash_mla.bench decode --latent 512 --rope 0       (or --two-tensors)
     python -m torch_flash_mla.bench decode --lengths 65536 --topk 2048
-    python -m torch_flash_mla.bench prefill --forms absorbed,expanded --plot prefill.png
+    python -m torch_flash_mla.bench prefill --lengths 1,64,512 --history 0,16384 --forms all
     python -m torch_flash_mla.bench decode --against 'other_benchmark {format} {heads} {n_kv}'
 
 --against runs any program once per round and takes the largest number before "GF/s" in its output.
@@ -107,9 +107,16 @@ def _names(allowed: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    numbers = tuple(int(part) for part in text.split(","))
+    numbers = _counts(text)
     if min(numbers) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected numbers above 0")
+    return numbers
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    numbers = tuple(int(part) for part in text.split(","))
+    if min(numbers) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers, 0 or more")
     return numbers
 
 
@@ -148,7 +155,8 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("--formats", type=_names(cases.FORMATS), metavar="LIST",
                        help=f"default {command.formats}; of {','.join(cases.FORMATS)}")  # fmt: skip
         p.add_argument("--lengths", type=_numbers, metavar="LIST",
-                       help=f"{'new' if name == 'append' else 'cached'} tokens, default "
+                       help=f"{'new' if name in ('append', 'prefill') else 'cached'} tokens, "
+                       "default "
                        f"{command.lengths}")  # fmt: skip
         p.add_argument("--latent", type=int, default=512, help="width of the latent (512)")
         p.add_argument("--rope", type=int, default=64, help="width of the rope part (64)")
@@ -164,9 +172,11 @@ def parser() -> argparse.ArgumentParser:
         if name == "prefill":
             p.add_argument("--forms", type=_names(("auto", "absorbed", "expanded")),
                            default=("auto",), metavar="LIST",
-                           help="auto (default), absorbed, expanded")  # fmt: skip
-        else:
-            p.add_argument("--batch", type=int, default=1, help="sequences (1)")
+                           help="auto (default), absorbed, expanded, all")  # fmt: skip
+            p.add_argument("--history", type=_counts, default=(0,), metavar="LIST",
+                           help="tokens cached before the new ones (0)")  # fmt: skip
+        p.add_argument("--batch", type=int, default=1, help="sequences (1)")
+        if name == "decode":
             p.add_argument("--queries", type=_numbers, default=(1,), metavar="LIST",
                            help="new tokens per sequence, causal (1)")  # fmt: skip
             p.add_argument("--topk", type=int, default=0,
@@ -193,6 +203,7 @@ def options_of(arguments: argparse.Namespace) -> suites.Options:
         dims=cases.Dims(given.get("latent", 512), given.get("rope", 64)),
         two_tensors=given.get("two_tensors", False),
         forms=given.get("forms", ("auto",)),
+        history=given.get("history", (0,)),
         baseline=not given.get("no_baseline", False),
         against=given.get("against", ""),
         effort=Effort(
@@ -209,7 +220,7 @@ def _expected_rows(command: str, options: suites.Options) -> int | None:
     if command == "decode":
         return each * len(options.heads) * len(options.queries)
     if command == "prefill":
-        return each * len(options.heads) * len(options.forms)
+        return each * len(options.history) * len(options.heads) * len(options.forms)
     return each if command == "append" else None
 
 

@@ -2,8 +2,7 @@
 any external command.
 
 PyTorch has no quantised latent cache: its contenders read dense rows of the queries' dtype
-(bfloat16 where ours read a packed format), already gathered from the pages. Prompts get their keys
-and values ready made. Both favour PyTorch.
+(bfloat16 where ours read a packed format), already gathered from the pages, which favours PyTorch.
 """
 
 from __future__ import annotations
@@ -49,27 +48,35 @@ def sdpa_decode(case: Decode) -> Callable[[], object]:
 
 
 def sdpa_prefill(case: Prefill, pad: bool) -> Callable[[], object]:
-    """Causal attention with keys and values of every head at hand.
+    """Keys and values of every head from the latent, as kv_b_proj makes them, then attention.
 
     Args:
         pad: values are padded to the width of keys, which torch's flash path asks for, and cut
             afterwards; else called as transformers does it.
     """
-    dims, n = case.cache.dims, case.cache.tokens
+    dims, heads, n = case.cache.dims, case.heads, case.tokens
     dtype = query_dtype(case.cache.format_name)
-    q, k = (torch.randn(1, case.heads, n, dims.nope + dims.rope).to(dtype) for _ in range(2))
-    v = torch.randn(1, case.heads, n, dims.value).to(dtype)
-    scale = dims.scale
+    rows = case.cache.dense(dtype)
+    length = rows.shape[1]
+    weight = case.weight().flatten(0, 1)
+    q = torch.randn(case.batch, heads, n, dims.nope + dims.rope).to(dtype)
+    mask = None
+    if case.history:
+        mask = torch.ones(n, length, dtype=torch.bool).tril(case.history)[None, None]
 
-    def plain() -> object:
-        return functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-
-    def padded() -> object:
-        wide = functional.pad(v, (0, k.shape[-1] - v.shape[-1]))
-        out = functional.scaled_dot_product_attention(q, k, wide, is_causal=True, scale=scale)
+    def call() -> object:
+        latent, rope = rows.split([dims.latent, dims.rope], dim=-1)
+        both = functional.linear(latent, weight).unflatten(-1, (heads, -1)).transpose(1, 2)
+        nope, v = both.split([dims.nope, dims.value], dim=-1)
+        k = torch.cat([nope, rope[:, None].expand(-1, heads, -1, -1)], dim=-1)
+        if pad:
+            v = functional.pad(v, (0, k.shape[-1] - v.shape[-1]))
+        out = functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=dims.scale
+        )
         return out[..., : dims.value]
 
-    return padded if pad else plain
+    return call
 
 
 def rate_of_command(command: str, format_name: str, **values: object) -> float:

@@ -184,18 +184,26 @@ class Decode:
 
 @dataclass(frozen=True)
 class Prefill:
-    """A whole prompt of one sequence, causal, from the model's own queries to its values."""
+    """New tokens of sequences, causal, from the model's own queries to its values."""
 
-    cache: PagedCache
+    cache: PagedCache  # sequences of equal length: the history, then the new tokens
     heads: int
+    tokens: int  # new ones of a sequence
+
+    @property
+    def batch(self) -> int:
+        return len(self.cache.cache_seqlens)
+
+    @property
+    def history(self) -> int:
+        return self.cache.tokens // self.batch - self.tokens
 
     def call(self, form: str) -> Callable[[], object]:
         cache, dims = self.cache, self.cache.dims
         dtype = query_dtype(cache.format_name)
         torch.manual_seed(1)
-        q = torch.randn(1, cache.tokens, self.heads, dims.nope + dims.rope).to(dtype)
-        w_kv_b = torch.randn(self.heads, dims.nope + dims.value, dims.latent) * dims.latent**-0.5
-        w_kv_b = w_kv_b.to(dtype)
+        q = torch.randn(self.batch, self.tokens, self.heads, dims.nope + dims.rope).to(dtype)
+        w_kv_b = self.weight()
         arguments = (q, cache.kv_cache, cache.block_table, cache.cache_seqlens, w_kv_b, dims.value)
         options: dict[str, Any] = {
             "causal": True,
@@ -205,11 +213,30 @@ class Prefill:
         }
         return lambda: ops.mla_attention_kv_b(*arguments, dims.scale, **options)
 
+    def weight(self) -> Tensor:
+        """kv_b_proj's, [H, P + V, L]."""
+        dims = self.cache.dims
+        w = torch.randn(self.heads, dims.nope + dims.value, dims.latent) * dims.latent**-0.5
+        return w.to(query_dtype(self.cache.format_name))
+
     @property
     def flop(self) -> float:
-        """Useful work: each query against the keys before it, in the model's own widths."""
-        dims, n = self.cache.dims, self.cache.tokens
-        return self.heads * n * (n + 1) * (dims.nope + dims.rope + dims.value)
+        """Useful work: each query against the keys it sees, in the model's own widths, and keys and
+        values of each new token made from its latent once."""
+        dims, n = self.cache.dims, self.tokens
+        pairs = n * self.history + n * (n + 1) / 2
+        attention = 2.0 * pairs * (dims.nope + dims.rope + dims.value)
+        making = 2.0 * n * dims.latent * (dims.nope + dims.value)
+        return self.batch * self.heads * (attention + making)
+
+    def products(self) -> Callable[[], object]:
+        """The two products of the absorbed form by themselves: torch.bmm on dense operands."""
+        dims, n = self.cache.dims, self.batch * self.tokens
+        dtype = query_dtype(self.cache.format_name)
+        w_uk, w_uv = (part.contiguous() for part in self.weight().split([dims.nope, dims.value], 1))
+        q = torch.randn(self.heads, n, dims.nope).to(dtype)
+        latent = torch.randn(self.heads, n, dims.latent).to(dtype)
+        return lambda: (torch.bmm(q, w_uk), torch.bmm(latent, w_uv.transpose(1, 2)))
 
 
 @dataclass(frozen=True)

@@ -96,28 +96,29 @@ def _decode(figure: Any, rows: list[Row]) -> None:
 
 
 def _prefill(figure: Any, rows: list[Row]) -> None:
-    panels = _distinct(rows, "format", "heads")
+    panels = _distinct(rows, "format", "heads", "history")
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True).flat
     names = {"torch_gflops": "torch SDPA", "torch_padded_gflops": "torch SDPA, values padded"}
-    for ax, (format_name, heads) in zip(axes, panels, strict=True):
-        part = _matching(rows, format=format_name, heads=heads)
-        lengths = _distinct(part, "n_kv")
+    for ax, (format_name, heads, history) in zip(axes, panels, strict=True):
+        part = _matching(rows, format=format_name, heads=heads, history=history)
+        lengths = _distinct(part, "tokens")
         for i, (isa, form) in enumerate(_distinct(part, "isa", "form")):
             line = _matching(part, isa=isa, form=form)
             label = f"{isa}, {form}"
-            x, y = [r["n_kv"] for r in line], [r["gflops"] for r in line]
+            x, y = [r["tokens"] for r in line], [r["gflops"] for r in line]
             ax.plot(x, y, "o-", color=SHADES[i % len(SHADES)], label=label)
             if i == 0:
                 for style, (key, name) in zip(("--", ":"), names.items(), strict=True):
                     known = [r for r in line if key in r]
                     y = [r[key] for r in known]
-                    x = [r["n_kv"] for r in known]
+                    x = [r["tokens"] for r in known]
                     ax.plot(x, y, "D" + style, color=TORCH, ms=4, label=name)
         ax.set_xscale("log", base=2)
         ax.set_xticks(lengths, [str(n) for n in lengths])
-        ax.set_xlabel("prompt tokens")
+        ax.set_xlabel("new tokens")
         ax.set_ylim(0)
-        ax.set_title(f"{format_name}, {heads} heads", fontsize=10)
+        after = f", after {history}" if history else ""
+        ax.set_title(f"{format_name}, {heads} heads{after}", fontsize=10)
     figure.axes[0].set_ylabel("useful GFLOP/s")
     figure.axes[0].legend(fontsize=8)
 

@@ -37,6 +37,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "batch": ("batch", str),
     "n_kv": ("keys", str),
     "tokens": ("tokens", str),
+    "history": ("history", str),
     "heads": ("heads", str),
     "queries": ("queries", str),
     "topk": ("topk", str),
@@ -54,13 +55,15 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "times_torch_padded": ("speed-up", "{:.1f}x".format),
     "against_gflops": ("against", "{:.0f}".format),
     "times_against": ("share of it", "{:.2f}".format),
+    "products": ("two bmm", duration),
+    "times_best": ("of best form", "{:.2f}".format),
     "times_one": ("speed-up", "{:.2f}x".format),
     "deterministic": ("deterministic", duration),
     "above": ("above empty op", duration),
 }
 TEXT = ("sequences", "format", "isa", "form", "arithmetic", "instruction")
 # Columns that say nothing when every row holds this.
-DULL = {"batch": 1, "queries": 1, "topk": 0, "tensors": 1}
+DULL = {"batch": 1, "queries": 1, "topk": 0, "tensors": 1, "history": 0}
 
 
 def cpu_model() -> str:

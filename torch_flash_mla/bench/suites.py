@@ -19,6 +19,9 @@ from torch_flash_mla.bench import baselines, cases, roof
 from torch_flash_mla.bench.measure import Effort, race
 
 Row = dict[str, object]
+
+# PyTorch's math path holds all logits at once, in several copies.
+_MOST_LOGITS = 1 << 29
 Suite = Callable[["Options"], Iterator[Row]]
 
 
@@ -37,6 +40,7 @@ class Options:
     dims: cases.Dims
     two_tensors: bool
     forms: tuple[str, ...]
+    history: tuple[int, ...]
     baseline: bool
     against: str
     effort: Effort
@@ -168,30 +172,43 @@ def decode(options: Options) -> Iterator[Row]:
 
 
 def prefill(options: Options) -> Iterator[Row]:
-    """Prompts, causal, from the model's queries to its values.
+    """New tokens after a history, causal, from the model's queries to its values.
 
-    Rates count useful work, 2 (P + R + V) flop per query, head and visible key, whatever form
-    computes it and including the projections to and from the latent space, which PyTorch's columns
-    are spared. The roof is that of the queries' dtype.
+    Rates count useful work, whatever form computes it: 2 (P + R + V) flop per query, head and
+    visible key, and 2 L (P + V) per head and new token for making its key and value. PyTorch makes
+    keys and values of the whole history and attends to them, as transformers calls it and with
+    values padded for its flash path. The roof is that of the queries' dtype. ``times_best``: the
+    time of "auto" by that of the better form, where all three ran. ``products``: what the two
+    products of the absorbed form take by themselves (up to 8 new tokens).
     """
-    for n, format_name in itertools.product(options.lengths, options.formats):
+    shapes = itertools.product(options.lengths, options.history, options.formats)
+    for n, history, format_name in shapes:
         two_tensors = options.two_tensors and format_name in cases.FLOAT_FORMATS
-        cache = cases.paged_cache(format_name, [n], options.dims, two_tensors)
+        lengths = [history + n] * options.batch
+        cache = cases.paged_cache(format_name, lengths, options.dims, two_tensors)
         dtype = cases.query_dtype(format_name)
         (expanded,) = (f for f, d in cases.FLOAT_FORMATS.items() if d == dtype)
         for heads in options.heads:
-            case = cases.Prefill(cache, heads)
+            case = cases.Prefill(cache, heads, n)
             roofs = _Roofs()
             contenders: dict[Hashable, Callable[[], object]] = {}
             for isa in options.isas:
                 roofs.add(isa, _arithmetic(isa, expanded))
                 for form in options.forms:
                     contenders[isa, form] = roof.on_level(isa, case.call(form))
+            if n <= 8:
+                contenders["products"] = case.products()
             if options.baseline:
-                contenders["torch"] = baselines.sdpa_prefill(case, pad=False)
+                if options.batch * n * (history + n) * heads <= _MOST_LOGITS:
+                    contenders["torch"] = baselines.sdpa_prefill(case, pad=False)
                 contenders["torch_padded"] = baselines.sdpa_prefill(case, pad=True)
             against = _Against(
-                options.against, format_name, heads=heads, n_kv=n, queries=n, isa=options.isas[-1]
+                options.against,
+                format_name,
+                heads=heads,
+                n_kv=history + n,
+                queries=n,
+                isa=options.isas[-1],
             )
             seconds = race({**contenders, **roofs.calls}, options.effort, against)
             for isa, form in itertools.product(options.isas, options.forms):
@@ -204,13 +221,20 @@ def prefill(options: Options) -> Iterator[Row]:
                     "isa": isa,
                     "form": form,
                     "arithmetic": _arithmetic(isa, expanded),
-                    "n_kv": n,
+                    "batch": options.batch,
+                    "tokens": n,
+                    "history": history,
                     "heads": heads,
                     "seconds": seconds[isa, form],
                     "gflops": rate,
                     "roof_gflops": top,
                     "share": rate / top,
                 }
+                if "products" in seconds:
+                    row["products"] = seconds["products"]
+                others = [seconds[isa, f] for f in ("absorbed", "expanded") if (isa, f) in seconds]
+                if form == "auto" and len(others) == 2:
+                    row["times_best"] = seconds[isa, form] / min(others)
                 for name in ("torch", "torch_padded"):
                     if name in seconds:
                         row[f"{name}_gflops"] = case.flop / seconds[name] / 1e9
