@@ -6,6 +6,9 @@ ragged batch is the same attention, so each is held to the same bounds.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import mla_cases
@@ -256,3 +259,47 @@ def test_prompt_of_a_mask_with_intervals_takes_causal_speed():
         masked, masked_lse = run(case, arguments | {"causal": False, "attn_mask": same})
         assert torch.equal(masked, out)
         assert torch.equal(masked_lse, lse)
+
+
+PEAK = """
+import sys, torch
+from torch_flash_mla import ops
+new, history, kv_cache_dtype = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+heads, nope, value, latent, rope = 16, 128, 128, 512, 64
+def call(n, length):
+    blocks = -(-length // 64)
+    width = latent + rope if kv_cache_dtype == "auto" else 584
+    dtype = torch.bfloat16 if kv_cache_dtype == "auto" else torch.uint8
+    arguments = (
+        torch.ones(1, n, heads, nope + rope, dtype=torch.bfloat16),
+        torch.ones(blocks, 64, width, dtype=dtype),
+        torch.arange(blocks, dtype=torch.int32)[None],
+        torch.tensor([length], dtype=torch.int32),
+        torch.ones(heads, nope + value, latent, dtype=torch.bfloat16),
+        value,
+        0.07,
+        True,
+    )
+    return lambda: ops.mla_attention_kv_b(*arguments, kv_cache_dtype=kv_cache_dtype)
+def kib(name):
+    (line,) = (line for line in open("/proc/self/status") if line.startswith(name))
+    return int(line.split()[1])
+run = call(new, new + history)
+call(256, 256)()  # what libraries keep
+open("/proc/self/clear_refs", "w").write("5")
+before = kib("VmRSS")
+out, lse = run()
+print((kib("VmHWM") - before) / 1024 - (out.nbytes + lse.nbytes) / 2**20)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "q8_kv"])
+@pytest.mark.parametrize(("new", "history"), [(16384, 0), (4096, 61440)])
+def test_peak_memory_of_a_long_prompt(new, history, kv_cache_dtype):
+    """A buffer of bounded size beyond inputs, outputs and cache (MiB). About 10 seconds each."""
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("the system does not let a process reset its peak memory")
+    command = [sys.executable, "-c", PEAK, str(new), str(history), kv_cache_dtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 0 < float(done.stdout) < 64

@@ -55,7 +55,7 @@ Tensor attend_absorbed(AttentionParams p, const Tensor& q_main, const Tensor& q_
   const Tensor values = project(out_latent, w.uv.to(working));
   std::vector<int64_t> shape = q_main.sizes().vec();
   shape.back() = w.uv.size(1);
-  return values.transpose(0, 1).to(type).reshape(shape);
+  return values.transpose(0, 1).to(type).contiguous().view(shape);
 }
 
 }  // namespace flashmla
