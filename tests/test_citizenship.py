@@ -291,9 +291,7 @@ def test_a_copied_stream_goes_its_own_way(kv_cache_dtype: str, cache: dict[str, 
     first, second, other = torch.randn(3, B, Sq, 48)
     stream.step(first)
     twins = [copy.copy(stream) for _ in copies(None)]
-    for twin, layer, pages in zip(
-        twins, copies(stream.layer), copies(stream.cache), strict=True
-    ):
+    for twin, layer, pages in zip(twins, copies(stream.layer), copies(stream.cache), strict=True):
         twin.layer, twin.cache = layer, pages
         twin.step(other)
     expected = stream.step(second)

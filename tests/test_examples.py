@@ -91,3 +91,44 @@ def test_layer_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
     assert program("benchmarks/layer.py").main(["--history", "64", "--steps", "1"]) == 0
     output = capsys.readouterr().out
     assert output.count("x │") == 3
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "q8_kv"])
+def test_shared_prompt(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kv_cache_dtype: str
+) -> None:
+    """The second run reads the file of the first and writes the same continuations."""
+    arguments = ["--model", str(checkpoint), "--kv-cache-dtype", kv_cache_dtype]
+    arguments += ["--prompt-tokens", "250", "--samples", "3", "--max-new-tokens", "5"]
+    arguments += ["--cache", str(tmp_path / "prompt.mla")]
+    outputs = []
+    for _ in range(2):
+        assert program("examples/shared_prompt.py").main(arguments) == 0
+        outputs.append(capsys.readouterr().out)
+    texts = [output.rpartition("╯")[0] for output in outputs]
+    assert texts[0] == texts[1]
+    assert texts[0].count("╭") == 3
+    assert "computed by the model" in outputs[0]
+    assert "computed by the model" not in outputs[1]
+    summary = " ".join(outputs[0].split())
+    assert "A prompt of 250 tokens" in summary
+    ratios = re.search(r"continuations: ([0-9.]+) times .* take ([0-9.]+) times", summary)
+    assert ratios is not None
+    # Three full blocks, and a fourth that each continuation has its own copy of: six against four.
+    assert 1.5 <= float(ratios[1]) < 1.6 < 2.9 < float(ratios[2])
+
+
+def test_prompt_benchmark(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark = program("benchmarks/prompt.py")
+    config = benchmark.v2_lite_config()
+    config.hidden_size = config.intermediate_size = 64
+    monkeypatch.setattr(benchmark, "v2_lite_config", lambda: config)
+    assert benchmark.main(["--tokens", "96", "--rounds", "1"]) == 0
+    output = capsys.readouterr().out
+    assert output.count("x │") >= 6
+    error = re.search(r"patched ([0-9.e+-]+), padded", output)
+    assert error is not None
+    assert 0 < float(error[1]) < 0.1
+    assert re.search(r"file of [0-9.]+ MB: written in [0-9.]+ ms, mapped in [0-9.]+ ms", output)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers_cases import small_model
+from transformers_cases import families, small_model
 from transformers_compare import assert_same_logits, prompt, watch
 
 from torch_flash_mla.integrations.transformers import MLACache, patch
 
 FAMILY = "deepseek_v3"
 HYBRIDS = ("kimi_linear", "dots3_note", "hy_v4", "mistral_large4", "glm5_next")
+HYBRIDS = tuple(family for family in HYBRIDS if family in families())
 
 
 @pytest.fixture(autouse=True)
@@ -165,6 +167,20 @@ class TestFork:
             new = suffixes[:, step : step + 1]
             assert_same_logits(run(model, new, cache), run(model, new, apart))
 
+    def test_a_whole_prompt_in_layers_that_cannot_go_back(self) -> None:
+        """Their last token cannot be computed again; without it the prompt continues as stock."""
+        stock = small_model("kimi_linear")
+        model = copy.deepcopy(stock)
+        patch(model)
+        ids = tokens(21)
+        cache = filled(model, ids)
+        with pytest.raises(ValueError, match=r"whole prompt of 21 tokens.*prompt without it"):
+            generate(model, ids, past_key_values=cache, num_return_sequences=2, do_sample=True)
+        assert (cache.batch_size, cache.get_seq_length()) == (1, 21)
+        arguments = {"num_return_sequences": 2, "do_sample": True}
+        actual = generate(model, ids, past_key_values=filled(model, ids[:, :20]), **arguments)
+        assert torch.equal(actual, generate(stock, ids, **arguments))
+
     def test_refusals(self, model: PreTrainedModel) -> None:
         cache = MLACache(model.config)
         with pytest.raises(ValueError, match="fork of an empty cache"):
@@ -187,14 +203,20 @@ class TestFork:
             fixed.fork(2)
         assert fixed.batch_size == 1
 
-    def test_padding_on_the_left_of_a_shared_prompt(self, model: PreTrainedModel) -> None:
+    def test_padding_on_the_left_of_a_shared_prompt(
+        self, model: PreTrainedModel, tmp_path: Path
+    ) -> None:
         cache = filled(model, tokens(9))
         cache.fork(2)
         ids, mask = tokens(12, batch=2), torch.ones(2, 12).long()
         mask[1, :3] = 0
         with pytest.raises(ValueError, match="pad between the prompt and what follows"):
             generate(model, ids, attention_mask=mask, past_key_values=cache)
-        assert cache.get_seq_length() == 9
+        cache.save(tmp_path / "prompt.mla", model)
+        loaded = MLACache.load(tmp_path / "prompt.mla", model)
+        with pytest.raises(ValueError, match="pad between the prompt and what follows"):
+            generate(model, ids, attention_mask=mask, past_key_values=loaded)
+        assert cache.get_seq_length() == loaded.get_seq_length() == 9
 
 
 class TestRepeatedRows:

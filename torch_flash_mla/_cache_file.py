@@ -96,6 +96,6 @@ def decoding(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turns what goes wrong with a damaged header into one kind of error, with the file's name."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"{os.fspath(path)}: damaged cache file ({what})") from error

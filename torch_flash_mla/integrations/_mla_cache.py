@@ -27,6 +27,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
+    DummyLayer,
     DynamicCache,
     DynamicIndexedLayer,
     DynamicLayer,
@@ -361,6 +362,12 @@ class MLACache(Cache):
         paged = self.pages.paged
         return paged.batch if paged is not None and paged.batch else -1
 
+    @property
+    def has_only_pages(self) -> bool:
+        """Whether every layer that stores something stores pages: no sliding windows or recurrent
+        states, which cannot go back."""
+        return all(isinstance(layer, (LatentPages, DummyLayer)) for layer in self.layers)
+
     # Several continuations of one prompt
 
     def fork(self, n: int) -> None:
@@ -370,6 +377,7 @@ class MLACache(Cache):
 
         ``generate()`` then takes ``n`` rows per former row. Suffixes of different lengths are
         padded between prompt and suffix, where the attention mask is 0 for the padding.
+        ``batch_select_indices`` and ``crop`` lead back to the prompt.
 
         Raises:
             ValueError: ``n`` below 1, an empty cache, or more sequences than the ``max_batch`` of a
@@ -457,7 +465,7 @@ class MLACache(Cache):
 
         Pages that sequences share are stored once. Layers that stayed stock (sliding window, linear
         attention, indexer keys) are stored with their whole state. The file appears whole or not at
-        all, and replaces one of the same name.
+        all, and replaces one of the same name. It does not say which tokens the prompt had.
 
         Args:
             path: the file; its folder must exist.
@@ -475,6 +483,7 @@ class MLACache(Cache):
         header = {
             "pages": pages,
             "model": fingerprint(model),
+            "shared_prefix": self._shared_prefix,
             "layers": [i for i, layer in enumerate(self.layers) if isinstance(layer, LatentPages)],
             "states": [
                 {"class": type(layer).__name__, **_state_of(layer, f"layer.{i}", tensors)}
@@ -517,6 +526,9 @@ class MLACache(Cache):
             if cache.pages.num_layers != paged.num_layers:
                 raise ValueError(f"pools of {paged.num_layers} of {cache.pages.num_layers} layers")
             cache.pages.paged = paged
+            if header["shared_prefix"] is not None:
+                copies, prefix = map(int, header["shared_prefix"])
+                cache._shared_prefix = copies, prefix
             for layer, state in zip(cache.layers, header["states"], strict=True):
                 if state["class"] != type(layer).__name__:
                     raise ValueError(f"a {state['class']} for a {type(layer).__name__}")

@@ -179,15 +179,26 @@ def _whole_mask(generation_config: Any, model_kwargs: dict[str, Any], batch: int
 
 
 def _continue(cache: MLACache, mask: Tensor, copies: int) -> None:
-    """Prepares a cache of the user's for a call with ``mask`` [B, S]: ``copies`` rows per input."""
+    """Prepares a cache of the user's for a call with ``mask`` [B, S]: ``copies`` rows per input.
+
+    A cache with one sequence per input forks. One that holds the whole prompt forgets its last
+    token, since the next one takes that token's logits.
+    """
     if cache.batch_size < 0:
         cache.share_prompt(copies, mask.shape[1])
         return
-    if copies > 1 and cache.batch_size * copies == len(mask):
-        cache.fork(copies)
-    cache.check_continuation(mask)
+    forks = copies > 1 and cache.batch_size * copies == len(mask)
+    cache.check_continuation(mask[::copies] if forks else mask)
     if int(cache.get_seq_length()) == mask.shape[1]:
-        cache.crop(-1)  # all of it is cached, but the next token takes the logits of the last one
+        if not cache.has_only_pages:
+            raise ValueError(
+                f"the cache holds the whole prompt of {mask.shape[1]} tokens, and layers that "
+                "stayed stock cannot forget the last one, whose logits the next token needs: cache "
+                "the prompt without it"
+            )
+        cache.crop(-1)
+    if forks:
+        cache.fork(copies)
 
 
 def patch(model: nn.Module, kv_cache_dtype: str = "auto", strict: bool = True) -> PatchReport:
