@@ -4,7 +4,9 @@
 // One sequence at a time, head groups outermost, all keys of a group at once: nothing is carried
 // over and nothing is made twice. Only if the keys of a single head exceed the buffer, they come in
 // parts whose results are merged by their log-sum-exp.
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/mm.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
 #include <vector>
@@ -94,12 +96,14 @@ class Expansion {
       g.out = static_cast<std::byte*>(rows_.mutable_data_ptr());
       gather(g, torch_executor());
       const Tensor rows = rows_.narrow(0, 0, n).narrow(1, 0, latent);
-      for (int64_t h = 0; h < part.heads; ++h) {
-        Tensor key = keys_[h].narrow(0, at, n).narrow(1, 0, nope_);
-        Tensor value = values_[h].narrow(0, at, n).narrow(1, 0, value_);
-        at::mm_out(key, rows, uk[h].t());
-        at::mm_out(value, rows, uv[h].t());
-      }
+      // A product per task: ATen's own threads would each get a part too small to pay.
+      for_each_task(2 * part.heads, [&](int64_t task) {
+        const int64_t h = task / 2;
+        const Tensor& weight = task % 2 == 0 ? uk : uv;
+        Tensor out = (task % 2 == 0 ? keys_ : values_)[h].narrow(0, at, n);
+        out = out.narrow(1, 0, weight.size(1));
+        at::mm_out(out, rows, weight[h].t());
+      });
       if (p_.cache.rope > 0) {
         rope_[0]
             .narrow(0, at, n)
@@ -107,6 +111,20 @@ class Expansion {
             .copy_(rows_.narrow(0, 0, n).narrow(1, latent, p_.cache.rope));
       }
     }
+  }
+
+  // Calls task(i) for i in [0, count) on torch's threads, below autograd and autocast like the
+  // operator itself: the calling thread's guards do not reach others.
+  template <class Task>
+  static void for_each_task(int64_t count, const Task& task) {
+    torch_executor().parallel_for(
+        count,
+        [](int64_t i, void* context) {
+          const at::AutoDispatchBelowAutograd no_autograd;
+          const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastCPU);
+          (*static_cast<const Task*>(context))(i);
+        },
+        const_cast<void*>(static_cast<const void*>(&task)));
   }
 
   // A buffer [heads, tokens, row] that is kept while it is large enough.
