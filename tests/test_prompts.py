@@ -234,6 +234,21 @@ def test_merge_of_ragged_results():
     check(case, out, lse, *reference.mla_attention(**arguments, attn_sink=sink))
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_threads_take_the_modes_of_the_caller(mode):
+    """Products run on other threads than the caller's, who may be in inference mode."""
+    case = Case(ISAS[-1], "bf16", heads=4, q_len=100, q_dtype=torch.bfloat16, keys="causal")
+    arguments = with_weight(make_problem(case, [150]), 32, 32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with mode(), torch.autocast("cpu"):
+            out, lse = run(case, arguments, "expanded")
+    finally:
+        torch.set_num_threads(before)
+    check(case, out, lse, *reference.mla_attention_kv_b(**arguments))
+
+
 def test_keys_beyond_the_buffer_come_in_parts():
     """One head's keys exceed the buffer of expanded keys; sink, padding and a long history."""
     case = Case(ISAS[-1], "bf16", heads=2, dims=(32, 0), q_len=40, q_dtype=torch.float32)

@@ -4,9 +4,8 @@
 // One sequence at a time, head groups outermost, all keys of a group at once: nothing is carried
 // over and nothing is made twice. Only if the keys of a single head exceed the buffer, they come in
 // parts whose results are merged by their log-sum-exp.
-#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ThreadLocalState.h>
 #include <ATen/ops/mm.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
 #include <vector>
@@ -113,18 +112,22 @@ class Expansion {
     }
   }
 
-  // Calls task(i) for i in [0, count) on torch's threads, below autograd and autocast like the
-  // operator itself: the calling thread's guards do not reach others.
+  // Calls task(i) for i in [0, count) on torch's threads, under the modes of the calling one (no
+  // autograd, no autocast, inference mode), which ATen keeps per thread.
   template <class Task>
   static void for_each_task(int64_t count, const Task& task) {
+    struct Context {
+      const Task& task;
+      at::ThreadLocalState modes;
+    } context{task, {}};
     torch_executor().parallel_for(
         count,
-        [](int64_t i, void* context) {
-          const at::AutoDispatchBelowAutograd no_autograd;
-          const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastCPU);
-          (*static_cast<const Task*>(context))(i);
+        [](int64_t i, void* p) {
+          const Context& c = *static_cast<Context*>(p);
+          const at::ThreadLocalStateGuard modes(c.modes);
+          c.task(i);
         },
-        const_cast<void*>(static_cast<const void*>(&task)));
+        &context);
   }
 
   // A buffer [heads, tokens, row] that is kept while it is large enough.
