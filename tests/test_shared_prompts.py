@@ -166,6 +166,29 @@ class TestFork:
         for step in range(3):
             new = suffixes[:, step : step + 1]
             assert_same_logits(run(model, new, cache), run(model, new, apart))
+        keep = torch.tensor([False, True, True, False])
+        cache.batch_select_indices(keep)
+        apart = filled(model, ids, **size)  # rows 1 and 2 come from one prompt each
+        for step in range(3):
+            new = suffixes[keep, step : step + 1]
+            run(model, new, apart)
+        assert_same_logits(run(model, new, cache), run(model, new, apart))
+
+    @pytest.mark.parametrize("fixed", [False, True], ids=["growing", "fixed"])
+    def test_back_to_the_prompt(
+        self, stock: PreTrainedModel, model: PreTrainedModel, fixed: bool
+    ) -> None:
+        """One of the continuations, without what followed the prompt, is the prompt again."""
+        ids = tokens(130)
+        cache = filled(model, ids, **({"max_cache_len": 192, "max_batch": 4} if fixed else {}))
+        blocks = used(cache)
+        for copies in (4, 2):
+            arguments = {"num_return_sequences": copies, "do_sample": True}
+            actual = generate(model, ids, past_key_values=cache, **arguments)
+            assert torch.equal(actual, generate(stock, ids, **arguments))
+            cache.batch_select_indices(torch.tensor([copies - 1]))
+            cache.crop(130 - int(cache.get_seq_length()))
+            assert fixed or used(cache) == blocks
 
     def test_a_whole_prompt_in_layers_that_cannot_go_back(self) -> None:
         """Their last token cannot be computed again; without it the prompt continues as stock."""

@@ -181,9 +181,7 @@ def _keys(
     return torch.cat(parts, dim=-1).float()
 
 
-def _mask_rows(
-    attn_mask: Tensor, b: int, starts: list[int] | None, tokens: slice
-) -> Tensor:
+def _mask_rows(attn_mask: Tensor, b: int, starts: list[int] | None, tokens: slice) -> Tensor:
     """[tokens or 1, H or 1, S]: the rows of a mask for some queries of sequence ``b``."""
     mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     mask = mask[b if mask.shape[0] > 1 else 0]

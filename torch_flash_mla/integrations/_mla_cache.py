@@ -393,10 +393,7 @@ class MLACache(Cache):
                 f"n: got {n} for a batch of {paged.batch}, but the cache of fixed size was made "
                 f"for {paged.max_batch} sequences: MLACache(..., max_batch={paged.batch * n})"
             )
-        super().reorder_cache(torch.arange(paged.batch).repeat_interleave(n))  # type: ignore[arg-type]
-        for layer in self.layers:
-            if hasattr(layer, "batch_size"):  # static layers remember it
-                layer.batch_size *= n
+        self.reorder_cache(torch.arange(paged.batch).repeat_interleave(n))
         self._shared_prefix = n, int(paged.cache_seqlens[0])
 
     def share_prompt(self, copies: int, tokens: int) -> None:
@@ -408,13 +405,18 @@ class MLACache(Cache):
         self.pages.copies, self.pages.copied_tokens = copies, tokens
         self._shared_prefix = (copies, tokens) if copies > 1 else None
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+    # transformers has reorder_cache for every kind of layer, the other two only for some.
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         self._shared_prefix = None
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        for layer in self.layers:
+            if hasattr(layer, "batch_size"):  # static layers remember it
+                layer.batch_size = len(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._shared_prefix = None
-        super().batch_select_indices(indices)
+        if self.batch_size > 0:
+            self.reorder_cache(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.batch_size > 0:
