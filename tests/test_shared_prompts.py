@@ -278,6 +278,15 @@ class TestRepeatedRows:
         whole = 2 if "prefill_chunk_size" in arguments else 3
         assert used(cache) <= 2 * (whole + 5 * (4 - whole))
 
+    def test_only_the_prompt(self, stock: PreTrainedModel, model: PreTrainedModel) -> None:
+        """Later tokens are everybody's own, even those that fill whole blocks at once."""
+        ids, more = tokens(40), tokens(20, batch=3, seed=1)
+        cache = MLACache(model.config, block_size=8)
+        arguments = {"num_return_sequences": 3, "do_sample": True}
+        first = generate(model, ids, past_key_values=cache, **arguments)
+        whole = torch.cat([first, more], dim=1)
+        assert torch.equal(generate(model, whole, past_key_values=cache), generate(stock, whole))
+
     def test_not_while_training(self, model: PreTrainedModel) -> None:
         """Dropout may make the rows differ."""
         trained = copy.deepcopy(model).train()
@@ -305,6 +314,25 @@ class TestPrefix:
             assert torch.equal(actual, generate(stock, ids))
             cache.crop(80 - int(cache.get_seq_length()))
             ids = torch.cat([ids[:, :80], tokens(20 + change, seed=change + 5)], dim=1)
+
+    @pytest.mark.parametrize("fixed", [False, True], ids=["growing", "fixed"])
+    def test_the_rest_in_chunks(
+        self, stock: PreTrainedModel, model: PreTrainedModel, fixed: bool
+    ) -> None:
+        inputs = prompt((200, 187))
+        cache = MLACache(model.config, max_cache_len=256 if fixed else None)
+        arguments = {"attention_mask": inputs["attention_mask"], "past_key_values": cache}
+        ids = inputs["input_ids"]
+        with watch(model), counted(model) as sizes:
+            actual = generate(model, ids, **arguments, prefill_chunk_size=48)
+            assert sizes[:5] == [2 * 48] * 4 + [2 * 8]
+            cache.crop(90 - int(cache.get_seq_length()))
+            sizes.clear()
+            again = generate(model, ids, **arguments, prefill_chunk_size=48)
+            assert sizes[:3] == [2 * 48] * 2 + [2 * 14]
+        expected = generate(stock, ids, attention_mask=inputs["attention_mask"])
+        assert torch.equal(actual, expected)
+        assert torch.equal(again, expected)
 
     def test_left_padding(self, stock: PreTrainedModel, model: PreTrainedModel) -> None:
         """Prompts that were padded when they were cached, with the same mask afterwards."""
