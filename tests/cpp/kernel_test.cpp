@@ -161,6 +161,8 @@ struct Case {
   int32_t page;  // 0: no block table
   ScalarType q_type, append_type;
   bool two_tensor, head_major, sink, deterministic, causal, leftpad, listed;
+  bool ragged;         // the same queries as one row of tokens
+  int32_t own_values;  // values are rows of their own, of this width; 0: they are the latent
   int32_t window;
   MaskType mask;
   int64_t pad, offset;  // bytes after a row, and before the first
@@ -168,6 +170,7 @@ struct Case {
 
   int32_t batch() const { return static_cast<int32_t>(lengths.size()); }
   int32_t width() const { return latent + rope; }
+  int32_t value() const { return own_values > 0 ? own_values : latent; }
   int32_t longest() const { return std::max(1, *std::max_element(lengths.begin(), lengths.end())); }
 };
 
@@ -208,6 +211,8 @@ Case draw_case(const FormatInfo& format, int32_t index, Random& random) {
   c.listed = keys >= 5;
   c.pad = random.pick({0, 8});
   c.offset = random.below(2) == 0 ? 0 : format.packed ? 1 : 4;
+  if (!format.packed && random.below(3) == 0) c.own_values = 1 + random.below(c.latent);
+  c.ragged = !c.head_major && c.mask == MaskType::kNone && random.below(2) == 0;
   const float scale = 1 / std::sqrt(128.0f + static_cast<float>(c.rope));
   c.scale = random.below(8) == 0 ? -scale : scale;
   return c;
@@ -232,13 +237,14 @@ class Problem {
 
  private:
   bool sees(int32_t b, int32_t s, int32_t t) const;
+  void fill_values(Memory pools[3]) const;
   double mask_at(int32_t b, int32_t h, int32_t s, int32_t t) const;
   void draw_visibility(Random& random);
   void draw_pages(Random& random);
-  CacheView view(const Memory pools[2]) const;
+  CacheView view(const Memory pools[3]) const;
   AttentionParams arguments(const CacheView& cache) const;
   Expected attend(const std::vector<float>& rows) const;
-  std::string append_and_gather(Memory pools[2]);
+  std::string append_and_gather(Memory pools[3]);
   std::string attention(const CacheView& cache, const Executor& executor);
   std::string within(const char* what, double error, double bound);
 
@@ -252,9 +258,10 @@ class Problem {
   Memory appended_rows_;           // [tokens, D], append_type
   std::vector<int64_t> slots_;     // [tokens]
   int32_t blocks_, block_size_, table_width_ = 0;
-  std::vector<int32_t> table_;  // [B, table_width]
-  Memory q_;                    // [B, Sq, H, D] or [B, H, Sq, D], q_type
-  int64_t q_stride_[3];         // elements / D, of B, Sq, H
+  std::vector<int32_t> table_;       // [B, table_width]
+  Memory q_;                         // [B, Sq, H, D] or [B, H, Sq, D], q_type
+  int64_t q_stride_[3];              // elements / D, of B, Sq, H
+  std::vector<int32_t> cu_seqlens_;  // [B + 1]
   std::vector<int32_t> leftpad_, list_, list_length_;
   int32_t topk_ = 0;
   std::vector<bool> listed_;     // [B, Sq, N]
@@ -282,6 +289,7 @@ Problem::Problem(const FormatInfo& format, int32_t index) : format_(format) {
   q_stride_[1] = c_.head_major ? 1 : c_.heads;
   q_stride_[2] = c_.head_major ? c_.q_len : 1;
   for (int32_t h = 0; c_.sink && h < c_.heads; ++h) sink_.push_back(random.normal());
+  for (int32_t b = 0; b <= c_.batch(); ++b) cu_seqlens_.push_back(b * c_.q_len);
 }
 
 bool Problem::sees(int32_t b, int32_t s, int32_t t) const {
@@ -399,12 +407,13 @@ void Problem::draw_pages(Random& random) {
   }
 }
 
-CacheView Problem::view(const Memory pools[2]) const {
+CacheView Problem::view(const Memory pools[3]) const {
   const int64_t latent_bytes = format_.row_bytes(c_.latent, 0),
                 row_bytes = c_.two_tensor ? latent_bytes : format_.row_bytes(c_.latent, c_.rope);
   CacheView v = {};
   v.format = format_.format;
-  v.latent = v.value = c_.latent;
+  v.latent = c_.latent;
+  v.value = c_.value();
   v.rope = c_.rope;
   v.block_size = block_size_;
   v.kv_c = {pools[0].data(), block_size_ * (row_bytes + c_.pad), row_bytes + c_.pad};
@@ -415,6 +424,10 @@ CacheView Problem::view(const Memory pools[2]) const {
   } else if (!format_.packed && c_.rope > 0) {
     v.k_pe.data += latent_bytes;
   }
+  if (c_.own_values > 0) {
+    const int64_t value_bytes = format_.row_bytes(c_.own_values, 0);
+    v.v = {pools[2].data(), block_size_ * value_bytes, value_bytes};
+  }
   if (c_.page != 0) {
     v.block_table = table_.data();
     v.block_table_stride = table_width_;
@@ -423,7 +436,7 @@ CacheView Problem::view(const Memory pools[2]) const {
 }
 
 // Writes the cache and reads it back.
-std::string Problem::append_and_gather(Memory pools[2]) {
+std::string Problem::append_and_gather(Memory pools[3]) {
   const int64_t slots = static_cast<int64_t>(blocks_) * block_size_;
   const int64_t row_bytes = format_.row_bytes(c_.latent, c_.two_tensor ? 0 : c_.rope);
   pools[0] = Memory((slots - 1) * (row_bytes + c_.pad) + row_bytes, c_.offset);
@@ -466,6 +479,18 @@ std::string Problem::append_and_gather(Memory pools[2]) {
     }
   }
   return {};
+}
+
+// Value rows of their own hold the first columns of the latent.
+void Problem::fill_values(Memory pools[3]) const {
+  if (c_.own_values == 0) return;
+  const int64_t slots = static_cast<int64_t>(blocks_) * block_size_;
+  const int64_t value_bytes = format_.row_bytes(c_.own_values, 0);
+  pools[2] = Memory(slots * value_bytes, c_.offset);
+  const PagedRows from = view(pools).kv_c;
+  for (int64_t i = 0; i < slots; ++i)
+    std::memcpy(pools[2].data() + i * value_bytes, from.data + i * from.token_stride,
+                static_cast<size_t>(value_bytes));
 }
 
 // What attention() is held to.
@@ -537,6 +562,10 @@ AttentionParams Problem::arguments(const CacheView& cache) const {
   if (c_.sink) p.attn_sink = sink_.data();
   p.attn_sink_stride[1] = 1;
   p.deterministic = c_.deterministic;
+  if (c_.ragged) {
+    p.cu_seqlens_q = cu_seqlens_.data();
+    p.q.stride[0] = p.q_pe.stride[0] = p.indices_stride[0] = 0;
+  }
   return p;
 }
 
@@ -549,14 +578,20 @@ std::string Problem::within(const char* what, double error, double bound) {
 
 std::string Problem::attention(const CacheView& cache, const Executor& executor) {
   const int64_t rows = static_cast<int64_t>(c_.batch()) * c_.q_len * c_.heads;
-  const Memory out(rows * c_.latent * size_of(c_.q_type)), lse(rows * 4);
+  const int32_t width = c_.value();
+  const Memory out(rows * width * size_of(c_.q_type)), lse(rows * 4);
   AttentionParams p = arguments(cache);
   p.out.data = out.data();
-  for (int d = 0; d < 3; ++d) p.out.stride[d] = q_stride_[d] * c_.latent * size_of(c_.q_type);
+  for (int d = 0; d < 3; ++d) p.out.stride[d] = q_stride_[d] * width * size_of(c_.q_type);
+  if (c_.ragged) p.out.stride[0] = 0;
   p.lse = reinterpret_cast<float*>(lse.data());
   p.lse_stride[0] = static_cast<int64_t>(c_.heads) * c_.q_len;
   p.lse_stride[1] = c_.q_len;
   p.lse_stride[2] = 1;
+  if (c_.ragged) {
+    p.lse_stride[0] = 0;
+    p.lse_stride[1] = static_cast<int64_t>(c_.batch()) * c_.q_len;
+  }
   Plan plan;
   flashmla::attention(p, plan, executor);
   merges += static_cast<int64_t>(plan.merges.size());
@@ -576,15 +611,16 @@ std::string Problem::attention(const CacheView& cache, const Executor& executor)
     for (int32_t s = 0; s < c_.q_len; ++s) {
       for (int32_t h = 0; h < c_.heads; ++h, ++row) {
         const double expected = of_stored_.lse[row];
-        const double actual = p.lse[b * p.lse_stride[0] + h * p.lse_stride[1] + s];
+        const int64_t token = c_.ragged ? b * c_.q_len + s : s;
+        const double actual = p.lse[b * p.lse_stride[0] + h * p.lse_stride[1] + token];
         const bool empty = expected == -kInfinity;
         if (empty != (actual == -kInfinity)) return "lse: minus infinity in one of the two";
         if (std::string wrong = within("lse", empty ? 0 : std::fabs(actual - expected), lse_bound);
             !wrong.empty())
           return wrong;
         const int64_t at = b * q_stride_[0] + s * q_stride_[1] + h * q_stride_[2];
-        for (int32_t d = 0; d < c_.latent; ++d) {
-          const double x = load(c_.q_type, out.data(), at * c_.latent + d);
+        for (int32_t d = 0; d < width; ++d) {
+          const double x = load(c_.q_type, out.data(), at * width + d);
           if (!std::isfinite(x)) return "out: not finite";
           if (empty && x != 0) return "out: not 0 without keys";
           const size_t i = row * static_cast<size_t>(c_.latent) + static_cast<size_t>(d);
@@ -601,7 +637,7 @@ std::string Problem::attention(const CacheView& cache, const Executor& executor)
     if (format_.packed) bound = ratio * std::sqrt(storage) + roundoff * std::sqrt(packed_size);
     // Over many keys the error of storing them averages out, that of 8-bit queries does not: values
     // being keys, the mean of (dq . k) v is dq. Of normal queries it is less than 1 %.
-    const double values = static_cast<double>(c_.q_len) * c_.heads * c_.latent;
+    const double values = static_cast<double>(c_.q_len) * c_.heads * width;
     if (arithmetic == "int8" && c_.lengths[static_cast<size_t>(b)] > 1000)
       bound += 0.01 * std::fabs(static_cast<double>(c_.scale)) * std::sqrt(values);
     bound *= 1 + 2 / std::sqrt(values);  // the mean over few values scatters
@@ -615,13 +651,14 @@ std::string Problem::attention(const CacheView& cache, const Executor& executor)
 std::string Problem::run() {
   merges = 0;
   worst = 0;
-  Memory pools[2];
+  Memory pools[3];
   const bool first = stored_.empty();
   std::string wrong = append_and_gather(pools);
   if (wrong.empty() && first) {
     of_stored_ = attend(stored_);
     of_rows_ = attend(rows_);
   }
+  fill_values(pools);
   const CacheView cache = view(pools);
   for (const Executor& executor : {kOneWorker, kManyWorkers}) {
     if (wrong.empty()) wrong = attention(cache, executor);
@@ -633,7 +670,8 @@ std::string Problem::run() {
          number(c_.latent) + number(c_.rope) + number(c_.page) + ", first length" +
          number(c_.lengths[0]) + ", q_type" + number(static_cast<int>(c_.q_type)) + ", causal" +
          number(c_.causal) + ", leftpad" + number(c_.leftpad) + ", window" + number(c_.window) +
-         ", mask" + number(static_cast<int>(c_.mask)) + ", list" + number(c_.listed);
+         ", mask" + number(static_cast<int>(c_.mask)) + ", list" + number(c_.listed) + ", ragged" +
+         number(c_.ragged) + ", value" + number(c_.value());
 }
 
 int test(int cases) {
