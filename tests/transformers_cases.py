@@ -82,6 +82,16 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "index_kpool": 2,
     },
     "hy_v4": {"indexer_types": ["full", "shared"], "head_dim": 64, "learnable_sink_init": 0.5},
+    "hy_v4_vl": {
+        "indexer_types": ["full", "shared"],
+        "head_dim": 64,
+        "learnable_sink_init": 0.5,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [6, 5, 5],
+        },
+    },
     "kimi_linear": {"layer_types": ["linear_attention", "full_attention"], "q_lora_rank": None},
     "mistral_large4": {
         "num_hidden_layers": 4,
@@ -102,6 +112,13 @@ _VISION: dict[str, dict[str, Any]] = {
         "out_hidden_size": 64,
         "intermediate_size": 32,
         "projection_intermediate_size": 32,
+    },
+    "hy_v4_vl": {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "out_hidden_size": 64,
     },
     "mistral_large4": {
         "model_type": "pixtral",
