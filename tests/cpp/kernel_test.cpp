@@ -441,6 +441,7 @@ std::string Problem::append_and_gather(Memory pools[3]) {
   const int64_t row_bytes = format_.row_bytes(c_.latent, c_.two_tensor ? 0 : c_.rope);
   pools[0] = Memory((slots - 1) * (row_bytes + c_.pad) + row_bytes, c_.offset);
   if (c_.two_tensor) pools[1] = Memory(slots * format_.row_bytes(0, c_.rope), c_.offset);
+  if (c_.own_values > 0) pools[2] = Memory(slots * format_.row_bytes(c_.own_values, 0), c_.offset);
   AppendParams a = {};
   a.tokens = static_cast<int64_t>(slots_.size());
   a.type = c_.append_type;
@@ -486,7 +487,6 @@ void Problem::fill_values(Memory pools[3]) const {
   if (c_.own_values == 0) return;
   const int64_t slots = static_cast<int64_t>(blocks_) * block_size_;
   const int64_t value_bytes = format_.row_bytes(c_.own_values, 0);
-  pools[2] = Memory(slots * value_bytes, c_.offset);
   const PagedRows from = view(pools).kv_c;
   for (int64_t i = 0; i < slots; ++i)
     std::memcpy(pools[2].data() + i * value_bytes, from.data + i * from.token_stride,
