@@ -5,6 +5,7 @@
 #   make test         the fast tests;  make test SLOW=1: all but the exhaustive ones
 #   make lint         ruff, mypy, clang-format;  make format repairs what they can
 #   make bench        rate of the operator per cache format, beside the instruction roof and PyTorch
+#   make wheel        dist/: source archive and wheel, its platform named by auditwheel
 #   make clean        removes what was built; the environment stays
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ PYTEST_ARGS ?=
 STAMPS := $(VENV)/stamps
 NATIVE := setup.py CMakeLists.txt $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.map')
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test lint format bench wheel clean
 setup: $(STAMPS)/build $(STAMPS)/install
 
 demo: setup
@@ -40,6 +41,9 @@ format: setup
 
 bench: setup
 	$(PY) -m torch_flash_mla.bench decode
+
+wheel: setup
+	$(PY) tools/build_wheel.py --outdir dist
 
 clean:
 	rm -rf build dist *.egg-info torch_flash_mla/_C*.so $(STAMPS)/build $(STAMPS)/install

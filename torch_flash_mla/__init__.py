@@ -12,13 +12,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 __version__ = "0.1.0"
 
 # The operators use torch's C++ interface, which is stable within one series only. The dependency in
 # pyproject.toml says the same.
 SUPPORTED_TORCH = "2.13"
+
+try:
+    import torch
+except ModuleNotFoundError as error:
+    if error.name != "torch":  # torch is there, but something that it needs is not
+        raise
+    raise ImportError(
+        f"torch_flash_mla needs torch {SUPPORTED_TORCH}.*, which is not installed: "
+        f"pip install 'torch=={SUPPORTED_TORCH}.*'"
+    ) from error
 
 
 def _load_operators() -> None:
