@@ -5,6 +5,7 @@
 #   make test         the fast tests;  make test SLOW=1: all but the exhaustive ones
 #   make lint         ruff, mypy, clang-format;  make format repairs what they can
 #   make bench        rate of the operator per cache format, beside the instruction roof and PyTorch
+#   make docs         build/docs/index.html; warnings are errors
 #   make wheel        dist/: source archive and wheel, its platform named by auditwheel
 #   make clean        removes what was built; the environment stays
 
@@ -20,7 +21,7 @@ PYTEST_ARGS ?=
 STAMPS := $(VENV)/stamps
 NATIVE := setup.py CMakeLists.txt $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.map')
 
-.PHONY: setup demo test lint format bench wheel clean
+.PHONY: setup demo test lint format bench docs wheel clean
 setup: $(STAMPS)/build $(STAMPS)/install
 
 demo: setup
@@ -41,6 +42,10 @@ format: setup
 
 bench: setup
 	$(PY) -m torch_flash_mla.bench decode
+
+docs: setup
+	$(PY) -m sphinx -E -W --keep-going -q -b html docs build/docs
+	@echo build/docs/index.html
 
 wheel: setup
 	$(PY) tools/build_wheel.py --outdir dist
@@ -74,5 +79,5 @@ $(STAMPS)/build: $(STAMPS)/tools $(NATIVE)
 
 # The package in place, with everything pyproject.toml lists for testing and linting.
 $(STAMPS)/install: pyproject.toml setup.py | $(STAMPS)/build
-	$(PY) -m pip install -q --no-build-isolation -e '.[test,lint]'
+	$(PY) -m pip install -q --no-build-isolation -e '.[test,lint,docs]'
 	@touch $@

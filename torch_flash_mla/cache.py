@@ -199,7 +199,7 @@ class PagedLatentCache:
 
     @property
     def max_cache_len(self) -> int | None:
-        """Tokens per sequence, in whole blocks; None: as many as come."""
+        """Tokens per sequence, in whole blocks, or None for as many as come."""
         return None if self.max_blocks is None else self.max_blocks * self.block_size
 
     @property
@@ -214,7 +214,7 @@ class PagedLatentCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated: pools, block table and lengths."""
+        """Bytes allocated for pools, block table and lengths."""
         return sum(t.nbytes for t in (*self._pools, self.block_table, self.cache_seqlens))
 
     def __repr__(self) -> str:

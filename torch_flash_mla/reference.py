@@ -38,7 +38,7 @@ def mla_attention(
     """Absorbed attention: queries against cache rows, values are the first L columns of the row.
 
     Args:
-        q: [B, Sq, H, D], or [B, Sq, H, L] with ``q_pe`` [B, Sq, H, R]; ragged: [T, H, *].
+        q: [B, Sq, H, D], or [B, Sq, H, L] with ``q_pe`` [B, Sq, H, R]; ragged: [T, H, D or L].
         kv_cache: [num_blocks, block_size, D] or [num_blocks, block_size, 1, D]; packed: uint8 rows;
             with ``k_pe_cache`` [.., R]: rows of L values.
         block_table: int [B, max_blocks]; None: row i of ``kv_cache`` is sequence i.

@@ -9,7 +9,7 @@
 
 ``patch`` changes two attributes of each MLA layer (``expand_kv`` and ``config``) and how
 ``generate()`` makes its cache. Weights, state_dict, masks and every other layer stay as they are;
-``unpatch`` takes it back.
+``unpatch`` takes it back::
 
     patch / patched / unpatch  ->  _attention.py (one call of the op)  ->  torch.ops.flashmla
                                    _mla_cache.py (pages), _weights.py (kv_b_proj)
