@@ -33,8 +33,10 @@ python_maximum_signature_line_length = 88
 
 def adapt(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Docstrings are written to be read as text; two habits of theirs mean something else here."""
-    for i, line in enumerate(lines):  # "head_dim_v: L." is no list whose items count A, B, C
-        lines[i] = re.sub(r"^( +[\w, ]+: )([A-Z]\.)$", r"\1\\\2", line)
+    for i, line in enumerate(lines):
+        # "head_dim_v: L." is no list whose items count A, B, C; "[T, H, *]" has no emphasis.
+        line = re.sub(r"^( +[\w, ]+: )([A-Z]\.)$", r"\1\\\2", line)
+        lines[i] = line.replace("*]", r"\*]")
     if "Returns:" in lines:  # several results with names look like arguments
         start = lines.index("Returns:")
         rest = lines[start + 1 :]

@@ -204,6 +204,21 @@ class TestVmap:
         torch.testing.assert_close(actual, wanted)
 
 
+def test_vmap_of_ragged_queries() -> None:
+    """Where queries of one sample belong has no dimension of sequences: sample by sample."""
+    call = draw_call()
+    call["cu_seqlens_q"] = torch.tensor([0, 4, 6], dtype=torch.int32)
+    call |= {"attn_mask": None, "indices": None, "topk_length": None}
+
+    def draw() -> dict[str, Tensor | None]:
+        return {**call, "q": torch.randn(6, H, L), "q_pe": torch.randn(6, H, R)}
+
+    samples = [draw() for _ in range(3)]
+    check_vmap(attention, samples, {"q", "q_pe"})
+    samples[1]["cu_seqlens_q"] = torch.tensor([0, 0, 6], dtype=torch.int32)
+    check_vmap(attention, samples, {"q", "q_pe", "cu_seqlens_q"})
+
+
 def test_vmap_in_vmap() -> None:
     call = draw_call()
     q = torch.randn(2, 3, *call.pop("q").shape)  # type: ignore[union-attr]
