@@ -1,6 +1,6 @@
 // accumulate.h: O[row][d] = correction[row] * O[row][d] + P[row][t] V[t][d] for one tile. Lanes are
-// value dims; rows of V are interleaved in registers so that one word holds a group of tokens of
-// one dim, and one word of P is broadcast.
+// value dims; rows of V are interleaved so that one word holds a group of tokens of one dim, and
+// one word of P is broadcast.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -11,14 +11,23 @@
 namespace flashmla {
 namespace {
 
-// kRows rows against kVectors * kGroup vectors of the output, from value element d on.
-template <class Simd, class Arithmetic, int kRows, int kVectors>
-void accumulate_block(const Tile& tile, int32_t d, int32_t row, int32_t rows, int32_t width,
-                      const Scratch& s) {
+// V of a tile from some column on: pages of `groups` token groups, evenly spaced within a page.
+struct ValueColumns {
+  const std::byte* page[kTile / kPage];
+  int32_t pages, groups;
+  int64_t stride;  // bytes from one group to the next
+  int64_t row;     // bytes from one token to the next, where groups are not interleaved yet
+};
+
+// kRows rows from `row` on against kColumns vectors of the output, which starts at `out`.
+// kInterleave: the columns are rows of V, else words.
+template <class Simd, class Arithmetic, int kRows, int kColumns, bool kInterleave>
+void accumulate_block(const ValueColumns& values, float* out, int32_t row, int32_t rows,
+                      int32_t width, const Scratch& s) {
   using Word = typename Simd::Word;
-  constexpr int kGroup = Arithmetic::kGroup, kColumns = kVectors * kGroup;
+  constexpr int kGroup = Arithmetic::kGroup, kVectorBytes = Simd::kLanes * 4;
   typename Arithmetic::Acc acc[kRows][kColumns];
-  float* out = s.output + static_cast<int64_t>(row) * width + d;
+  out += static_cast<int64_t>(row) * width;
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
@@ -32,16 +41,18 @@ void accumulate_block(const Tile& tile, int32_t d, int32_t row, int32_t rows, in
     }
   }
   const std::byte* p = s.probability + static_cast<int64_t>(row) * 4;
-  const int64_t stride = tile.value.stride;
-  for (int32_t page = 0; page < tile.tokens / kPage; ++page) {
-    const std::byte* v = tile.value.group[page] + d * Arithmetic::kBytes;
-    for (int t = 0; t < kPage; t += kGroup) {
+  for (int32_t page = 0; page < values.pages; ++page) {
+    const std::byte* v = values.page[page];
+    for (int32_t g = 0; g < values.groups; ++g, v += values.stride) {
       Word value[kColumns];
-#pragma GCC unroll 4
-      for (int c = 0; c < kVectors; ++c) {
-        Arithmetic::interleave(v + c * Simd::kLanes * 4, stride, value + c * kGroup);
+      if constexpr (kInterleave) {
+#pragma GCC unroll 8
+        for (int c = 0; c < kColumns; c += kGroup)
+          Arithmetic::interleave(v + c / kGroup * kVectorBytes, values.row, value + c);
+      } else {
+#pragma GCC unroll 8
+        for (int c = 0; c < kColumns; ++c) value[c] = Simd::load_word(v + c * kVectorBytes);
       }
-      v += kGroup * stride;
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const Word probability = Simd::broadcast_word(p + r * 4);
@@ -68,34 +79,88 @@ void accumulate_block(const Tile& tile, int32_t d, int32_t row, int32_t rows, in
   }
 }
 
-// Rows [row, used) in blocks of kRows, the rest in halves: no row is computed that nobody asked
-// for.
-template <class Simd, class Arithmetic, int kRows, int kVectors>
-void accumulate_rows(const Tile& tile, int32_t d, int32_t row, int32_t used, int32_t rows,
-                     int32_t width, const Scratch& s) {
+// Rows [row, used) in blocks of kRows, the rest in smaller ones: no row is computed that nobody
+// asked for.
+template <class Simd, class Arithmetic, int kRows, int kColumns, bool kInterleave>
+void accumulate_rows(const ValueColumns& values, float* out, int32_t row, int32_t used,
+                     int32_t rows, int32_t width, const Scratch& s) {
   for (; row + kRows <= used; row += kRows) {
-    accumulate_block<Simd, Arithmetic, kRows, kVectors>(tile, d, row, rows, width, s);
+    accumulate_block<Simd, Arithmetic, kRows, kColumns, kInterleave>(values, out, row, rows, width,
+                                                                     s);
   }
-  if constexpr (kRows > 1)
-    accumulate_rows<Simd, Arithmetic, kRows / 2, kVectors>(tile, d, row, used, rows, width, s);
+  if constexpr (kRows > 1) {
+    constexpr int kFewer = kRows > 4 ? 4 : kRows / 2;
+    accumulate_rows<Simd, Arithmetic, kFewer, kColumns, kInterleave>(values, out, row, used, rows,
+                                                                     width, s);
+  }
+}
+
+// Interleaves one vector of V of every token, from value d on, into scratch: kGroup columns.
+template <class Simd, class Arithmetic>
+ValueColumns interleave_columns(const Tile& tile, int32_t d, const Scratch& s) {
+  constexpr int kGroup = Arithmetic::kGroup, kVectorBytes = Simd::kLanes * 4;
+  std::byte* to = s.interleaved;
+  for (int32_t page = 0; page < tile.tokens / kPage; ++page) {
+    const std::byte* v = tile.value.group[page] + d * Arithmetic::kBytes;
+    for (int t = 0; t < kPage; t += kGroup, v += kGroup * tile.value.stride) {
+      typename Simd::Word word[kGroup];
+      Arithmetic::interleave(v, tile.value.stride, word);
+#pragma GCC unroll 4
+      for (int i = 0; i < kGroup; ++i, to += kVectorBytes) Simd::store_word(to, word[i]);
+    }
+  }
+  return {{s.interleaved}, 1, tile.tokens / kGroup, kGroup * kVectorBytes, 0};
+}
+
+// V as it lies in the tile, from value d on. Rows of a staged tile are neighbours throughout.
+template <class Arithmetic>
+ValueColumns columns_in_place(const Tile& tile, int32_t d, const Scratch& s) {
+  constexpr int kGroup = Arithmetic::kGroup;
+  const bool staged = tile.value.group[0] == s.staged;
+  ValueColumns values;
+  values.pages = staged ? 1 : tile.tokens / kPage;
+  values.groups = (staged ? tile.tokens : kPage) / kGroup;
+  for (int32_t page = 0; page < values.pages; ++page)
+    values.page[page] = tile.value.group[page] + d * Arithmetic::kBytes;
+  values.stride = kGroup * tile.value.stride;
+  values.row = tile.value.stride;
+  return values;
 }
 
 // used: rows that are not padding; width: values of an output row.
 template <class Simd, class Arithmetic>
 void accumulate(const Tile& tile, int32_t used, int32_t rows, int32_t width, const Scratch& s) {
-  // Half of the registers accumulate: 4 x 4 of 32; 4 x 2 of 16, or 2 x 4 where an interleave makes
-  // four vectors.
-  constexpr int kGroup = Arithmetic::kGroup;
-  constexpr int kColumns = Simd::kRegisters / 8 > kGroup ? Simd::kRegisters / 8 : kGroup;
-  constexpr int kRows = Simd::kRegisters / 2 / kColumns;
-  constexpr int kVectors = kColumns / kGroup;
-  constexpr int kStep = Simd::kLanes * kGroup;
-  int32_t d = 0;
-  for (; d + kVectors * kStep <= width; d += kVectors * kStep) {
-    accumulate_rows<Simd, Arithmetic, kRows, kVectors>(tile, d, 0, used, rows, width, s);
+  // Accumulators leave room for the values, a broadcast and a constant: 6 x 4 of 32 registers, 6 x
+  // 2 of 16.
+  constexpr int kGroup = Arithmetic::kGroup, kLanes = Simd::kLanes;
+  constexpr bool kMany = Simd::kRegisters == 32;
+  constexpr int kRows = 6, kColumns = kMany ? 4 : 2;
+  // Interleaving on the fly asks for registers that AVX2 does not have, and for many instructions
+  // where groups are of four tokens: then V is interleaved once, for all rows.
+  if constexpr (kGroup == 4 || (kGroup == 2 && !kMany)) {
+    if (!kMany || used > 16) {
+      for (int32_t d = 0; d < width; d += kGroup * kLanes) {
+        ValueColumns values = interleave_columns<Simd, Arithmetic>(tile, d, s);
+        for (int c = 0; c < kGroup; c += kColumns) {
+          accumulate_rows<Simd, Arithmetic, kRows, kColumns, false>(
+              values, s.output + d + c * kLanes, 0, used, rows, width, s);
+          values.page[0] += kColumns * kLanes * 4;
+        }
+      }
+      return;
+    }
   }
-  for (; d < width; d += kStep)
-    accumulate_rows<Simd, Arithmetic, kRows, 1>(tile, d, 0, used, rows, width, s);
+  constexpr bool kInterleave = kGroup > 1;
+  constexpr int kWide = kColumns > kGroup ? kColumns : kGroup;
+  int32_t d = 0;
+  for (; d + kWide * kLanes <= width; d += kWide * kLanes) {
+    accumulate_rows<Simd, Arithmetic, kRows, kWide, kInterleave>(
+        columns_in_place<Arithmetic>(tile, d, s), s.output + d, 0, used, rows, width, s);
+  }
+  for (; d < width; d += kGroup * kLanes) {
+    accumulate_rows<Simd, Arithmetic, kRows, kGroup, kInterleave>(
+        columns_in_place<Arithmetic>(tile, d, s), s.output + d, 0, used, rows, width, s);
+  }
 }
 
 }  // namespace

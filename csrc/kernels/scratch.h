@@ -16,6 +16,7 @@ struct Scratch {
   std::byte* staged;        // [tile] staged rows
   float* score;             // [tile][rows]
   std::byte* probability;   // [tile / group][rows]: 32-bit words
+  std::byte* interleaved;   // [tile / group][group]: vectors of words, of some columns of V
   float* output;            // [rows][value]
   float* bias;              // [tile][rows]: additive mask of one tile
   float* maximum;           // [rows], log2 units
@@ -56,6 +57,7 @@ size_t lay_out(const RowLayout& layout, BlockShape shape, std::byte* base, Scrat
   s.staged = take(tile * static_cast<size_t>(layout.stride));
   s.score = take_floats(tile * rows);
   s.probability = take(tile / Arithmetic::kGroup * rows * 4);
+  s.interleaved = take(tile * static_cast<size_t>(Simd::kLanes) * 4);
   s.output = take_floats(rows * static_cast<size_t>(layout.value));
   s.bias = take_floats(tile * rows);
   s.maximum = take_floats(rows);
