@@ -45,7 +45,7 @@ void encode_query(ScalarType type, const std::byte* from, int32_t count, float s
     auto most = Simd::zero();
     for (int32_t at = 0; at < count; at += kChunk) {
       const int32_t n = count - at < kChunk ? count - at : kChunk;
-      load_values<Simd>(type, from + at * size, n, round_up(n, Simd::kLanes), wide);
+      load_values<Simd>(type, from + at * size, n, round_up(n, kVector), wide);
       for (int32_t i = 0; i < n; i += Simd::kLanes)
         most = Simd::max(most, Simd::abs(Simd::load(wide + i)));
     }
@@ -57,7 +57,8 @@ void encode_query(ScalarType type, const std::byte* from, int32_t count, float s
   auto finite = Simd::zero();  // NaN once a value is not finite
   for (int32_t at = 0; at < count; at += kChunk) {
     const int32_t n = count - at < kChunk ? count - at : kChunk;
-    load_values<Simd>(type, from + at * size, n, round_up(n, kVector), wide);
+    if (!Arithmetic::kScaled || count > kChunk)
+      load_values<Simd>(type, from + at * size, n, round_up(n, kVector), wide);
     for (int32_t i = 0; i < n; i += kVector) {
       typename Simd::Float x[Arithmetic::kGroup];
       for (int v = 0; v < Arithmetic::kGroup; ++v) {
@@ -71,9 +72,21 @@ void encode_query(ScalarType type, const std::byte* from, int32_t count, float s
   if constexpr (Arithmetic::kScaled) {
     float lanes[Simd::kLanes];
     Simd::store(lanes, finite);
-    for (const float x : lanes) *scale += x;
+    for (int n = Simd::kLanes / 2; n > 0; n /= 2) {
+      for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
+    }
+    *scale += lanes[0];
     *start = Arithmetic::query_start(to, count);
   }
+}
+
+// Queries that already are rows of the arithmetic (of its only type of that size) in whole vectors
+// of words need no copy.
+template <class Simd, class Arithmetic>
+bool packs_directly(const AttentionParams& p, const RowLayout& layout) {
+  return !Arithmetic::kScaled && size_of(p.q_type) == Arithmetic::kBytes && p.softmax_scale >= 0 &&
+         layout.latent % (Simd::kLanes * Arithmetic::kGroup) == 0 &&
+         layout.rope % (Simd::kLanes * Arithmetic::kGroup) == 0;
 }
 
 // Packs rows [item.row_begin, item.row_end), zero rows up to `vectors` whole vectors. The sign of
@@ -87,6 +100,8 @@ void pack_queries(const AttentionParams& p, const WorkItem& item, const RowLayou
   using Word = typename Simd::Word;
   const int32_t rows = item.row_end - item.row_begin;
   const int32_t words = layout.groups[0] + layout.groups[1];
+  const bool direct = packs_directly<Simd, Arithmetic>(p, layout);
+  const std::byte* source[2][Simd::kLanes];  // rows of one vector, per segment
   for (int v = 0; v < vectors;) {
     const int width = row_vectors<Simd>(v, vectors);
     std::byte* block = s.packed_query + static_cast<int64_t>(v) * Simd::kLanes * words * 4;
@@ -95,27 +110,33 @@ void pack_queries(const AttentionParams& p, const WorkItem& item, const RowLayou
         const int32_t r = (v + u) * Simd::kLanes + i;
         std::byte* row = s.query_rows + i * layout.stride;
         for (int seg = 0; seg < 2; ++seg) s.query_scale[seg][r] = 0, s.query_sum[seg][r] = 0;
+        source[0][i] = row;
+        source[1][i] = row + layout.rope_offset;
         if (r >= rows) {
           __builtin_memset(row, 0, layout.stride);
           continue;
         }
         const int32_t token = first_token + (item.row_begin + r) / p.heads,
                       head = (item.row_begin + r) % p.heads;
-        encode_query<Simd, Arithmetic>(p.q_type, query_row(p.q, item.sequence, token, head),
-                                       layout.latent, sign, factor, row, s.query_scale[0] + r,
-                                       s.query_sum[0] + r);
+        const std::byte* q = query_row(p.q, item.sequence, token, head);
+        const std::byte* q_pe = query_row(p.q_pe, item.sequence, token, head);
+        if (direct) {
+          source[0][i] = q;
+          source[1][i] = q_pe;
+          continue;
+        }
+        encode_query<Simd, Arithmetic>(p.q_type, q, layout.latent, sign, factor, row,
+                                       s.query_scale[0] + r, s.query_sum[0] + r);
         if (layout.rope == 0) continue;
-        encode_query<Simd, Arithmetic>(p.q_type, query_row(p.q_pe, item.sequence, token, head),
-                                       layout.rope, sign, factor, row + layout.rope_offset,
-                                       s.query_scale[1] + r, s.query_sum[1] + r);
+        encode_query<Simd, Arithmetic>(p.q_type, q_pe, layout.rope, sign, factor,
+                                       row + layout.rope_offset, s.query_scale[1] + r,
+                                       s.query_sum[1] + r);
       }
       int32_t done = 0;  // words of the segments before
       for (int seg = 0; seg < 2; done += layout.groups[seg], ++seg) {
-        const std::byte* from = s.query_rows + (seg == 0 ? 0 : layout.rope_offset);
         for (int32_t g = 0; g < layout.groups[seg]; g += Simd::kLanes) {
           Word x[Simd::kLanes];
-          for (int i = 0; i < Simd::kLanes; ++i)
-            x[i] = Simd::load_word(from + i * layout.stride + 4 * g);
+          for (int i = 0; i < Simd::kLanes; ++i) x[i] = Simd::load_word(source[seg][i] + 4 * g);
           Simd::transpose(x);
           const int32_t n =
               layout.groups[seg] - g < Simd::kLanes ? layout.groups[seg] - g : Simd::kLanes;
