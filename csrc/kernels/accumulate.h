@@ -19,11 +19,17 @@ struct ValueColumns {
   int64_t row;     // bytes from one token to the next, where groups are not interleaved yet
 };
 
+// What to prefetch meanwhile: `step` bytes on with every group of every block.
+struct Fetch {
+  const std::byte* at;
+  int64_t step;
+};
+
 // kRows rows from `row` on against kColumns vectors of the output, which starts at `out`.
 // kInterleave: the columns are rows of V, else words.
 template <class Simd, class Arithmetic, int kRows, int kColumns, bool kInterleave>
 void accumulate_block(const ValueColumns& values, float* out, int32_t row, int32_t rows,
-                      int32_t width, const Scratch& s) {
+                      int32_t width, const Scratch& s, Fetch& fetch) {
   using Word = typename Simd::Word;
   constexpr int kGroup = Arithmetic::kGroup, kVectorBytes = Simd::kLanes * 4;
   typename Arithmetic::Acc acc[kRows][kColumns];
@@ -44,6 +50,8 @@ void accumulate_block(const ValueColumns& values, float* out, int32_t row, int32
   for (int32_t page = 0; page < values.pages; ++page) {
     const std::byte* v = values.page[page];
     for (int32_t g = 0; g < values.groups; ++g, v += values.stride) {
+      Simd::prefetch(fetch.at);
+      fetch.at += fetch.step;
       Word value[kColumns];
       if constexpr (kInterleave) {
 #pragma GCC unroll 8
@@ -83,15 +91,15 @@ void accumulate_block(const ValueColumns& values, float* out, int32_t row, int32
 // asked for.
 template <class Simd, class Arithmetic, int kRows, int kColumns, bool kInterleave>
 void accumulate_rows(const ValueColumns& values, float* out, int32_t row, int32_t used,
-                     int32_t rows, int32_t width, const Scratch& s) {
+                     int32_t rows, int32_t width, const Scratch& s, Fetch& fetch) {
   for (; row + kRows <= used; row += kRows) {
     accumulate_block<Simd, Arithmetic, kRows, kColumns, kInterleave>(values, out, row, rows, width,
-                                                                     s);
+                                                                     s, fetch);
   }
   if constexpr (kRows > 1) {
     constexpr int kFewer = kRows > 4 ? 4 : kRows / 2;
     accumulate_rows<Simd, Arithmetic, kFewer, kColumns, kInterleave>(values, out, row, used, rows,
-                                                                     width, s);
+                                                                     width, s, fetch);
   }
 }
 
@@ -127,6 +135,21 @@ ValueColumns columns_in_place(const Tile& tile, int32_t d, const Scratch& s) {
   return values;
 }
 
+// The part of the next tile to fetch with the columns from d on: of the second halves of its pages,
+// the first ones being fetched by score().
+template <class Arithmetic, int kRows, int kColumns>
+Fetch fetch_next(const Tile& tile, int32_t d, int32_t used, int32_t width, int lanes) {
+  const int32_t pages = tile.tokens / kPage;
+  const int64_t half = tile.next_bytes / 2;
+  if (half == 0) return {tile.value.group[0], 0};
+  const int64_t steps = static_cast<int64_t>(round_up(width, kColumns * lanes)) /
+                        (kColumns * lanes) * (round_up(used, kRows) / kRows) * tile.tokens /
+                        Arithmetic::kGroup;
+  const int64_t at = half * pages * d / width;
+  const int64_t step = half * pages / steps + 1;
+  return {tile.next[at / half] + half + at % half, step < kCacheLine ? step : kCacheLine};
+}
+
 // used: rows that are not padding; width: values of an output row.
 template <class Simd, class Arithmetic>
 void accumulate(const Tile& tile, int32_t used, int32_t rows, int32_t width, const Scratch& s) {
@@ -140,10 +163,11 @@ void accumulate(const Tile& tile, int32_t used, int32_t rows, int32_t width, con
   if constexpr (kGroup == 4 || (kGroup == 2 && !kMany)) {
     if (!kMany || used > 16) {
       for (int32_t d = 0; d < width; d += kGroup * kLanes) {
+        Fetch fetch = fetch_next<Arithmetic, kRows, kColumns>(tile, d, used, width, kLanes);
         ValueColumns values = interleave_columns<Simd, Arithmetic>(tile, d, s);
         for (int c = 0; c < kGroup; c += kColumns) {
           accumulate_rows<Simd, Arithmetic, kRows, kColumns, false>(
-              values, s.output + d + c * kLanes, 0, used, rows, width, s);
+              values, s.output + d + c * kLanes, 0, used, rows, width, s, fetch);
           values.page[0] += kColumns * kLanes * 4;
         }
       }
@@ -154,12 +178,14 @@ void accumulate(const Tile& tile, int32_t used, int32_t rows, int32_t width, con
   constexpr int kWide = kColumns > kGroup ? kColumns : kGroup;
   int32_t d = 0;
   for (; d + kWide * kLanes <= width; d += kWide * kLanes) {
+    Fetch fetch = fetch_next<Arithmetic, kRows, kWide>(tile, d, used, width, kLanes);
     accumulate_rows<Simd, Arithmetic, kRows, kWide, kInterleave>(
-        columns_in_place<Arithmetic>(tile, d, s), s.output + d, 0, used, rows, width, s);
+        columns_in_place<Arithmetic>(tile, d, s), s.output + d, 0, used, rows, width, s, fetch);
   }
   for (; d < width; d += kGroup * kLanes) {
+    Fetch fetch = {tile.value.group[0], 0};
     accumulate_rows<Simd, Arithmetic, kRows, kGroup, kInterleave>(
-        columns_in_place<Arithmetic>(tile, d, s), s.output + d, 0, used, rows, width, s);
+        columns_in_place<Arithmetic>(tile, d, s), s.output + d, 0, used, rows, width, s, fetch);
   }
 }
 

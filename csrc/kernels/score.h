@@ -14,8 +14,8 @@ namespace flashmla {
 namespace {
 
 // kTokens x kVectors accumulators: tokens [t, t + kTokens) of the tile, whose rows are evenly
-// spaced (one page, or a staged tile), against one row block. Prefetches `ahead_bytes` per token
-// from `ahead` on meanwhile; 0 for none.
+// spaced (one page, or a staged tile), against one row block. Prefetches `ahead_bytes` from `ahead`
+// on meanwhile; 0 for none.
 template <class Simd, class Arithmetic, int kTokens, int kVectors>
 void score_block(const Tile& tile, int32_t t, const std::byte* query, const Scratch& s, int32_t row,
                  int32_t rows, const std::byte* ahead, int64_t ahead_bytes) {
@@ -31,9 +31,9 @@ void score_block(const Tile& tile, int32_t t, const std::byte* query, const Scra
 
   // At most one cache line per word, the rest behind the loops.
   const int last = tile.key[1].words > 0 ? 1 : 0;
-  const int64_t words = tile.key[0].words + tile.key[1].words, fetch_bytes = kTokens * ahead_bytes;
+  const int64_t words = tile.key[0].words + tile.key[1].words;
   const int64_t step =
-      fetch_bytes > words * kCacheLine ? kCacheLine : (fetch_bytes + words - 1) / words;
+      ahead_bytes > words * kCacheLine ? kCacheLine : (ahead_bytes + words - 1) / words;
   const std::byte* fetch = ahead;
   for (int seg = 0; seg <= last; ++seg) {
     const Span& span = tile.key[seg];
@@ -83,7 +83,7 @@ void score_block(const Tile& tile, int32_t t, const std::byte* query, const Scra
       }
     }
   }
-  for (; fetch < ahead + fetch_bytes; fetch += kCacheLine) Simd::prefetch(fetch);
+  for (; fetch < ahead + ahead_bytes; fetch += kCacheLine) Simd::prefetch(fetch);
   if constexpr (!Arithmetic::kScaled) {
 #pragma GCC unroll 16
     for (int i = 0; i < kTokens; ++i) {
@@ -104,38 +104,28 @@ void score_rows(const Tile& tile, const std::byte* query, const Scratch& s, int3
                 int32_t rows, bool direct) {
   // Accumulators leave room for the queries and the broadcast: 16 of 32 registers, 8 of 16.
   constexpr int kTokens = Simd::kRegisters / 2 / kVectors;
-  constexpr int kAhead = 2;  // pages: 32 tokens
-  const Span& span = tile.key[0];
+  // Rows of a staged tile are neighbours throughout, so blocks need not stay within a page: of 16
+  // registers, 12 accumulators fit.
+  constexpr int kLong = (Simd::kRegisters == 16 ? 12 : 16) / kVectors;
+  // The first half of the next tile's pages; accumulate() fetches the other one.
+  const int64_t ahead = row == 0 ? tile.next_bytes / 2 / kPage : 0;  // bytes per token
+  auto block = [&]<int kCount>(int32_t t) {
+    score_block<Simd, Arithmetic, kCount, kVectors>(
+        tile, t, query, s, row, rows, tile.next[t / kPage] + t % kPage * ahead, kCount * ahead);
+  };
+  if constexpr (Arithmetic::kScaled) {
+    for (int32_t page = 0; row == 0 && page < tile.tokens / kPage; ++page) {
+      load_value_scales<Simd>(tile, page, s);
+    }
+  }
   int32_t t = 0;
-  if constexpr (Simd::kRegisters == 16) {
-    // Rows of a staged tile are neighbours throughout: blocks need not stay within a page, and 12
-    // accumulators fit.
-    constexpr int kLong = 12 / kVectors;
-    if (!direct) {
-      if constexpr (Arithmetic::kScaled) {
-        for (int32_t page = 0; row == 0 && page < tile.tokens / kPage; ++page) {
-          load_value_scales<Simd>(tile, page, s);
-        }
-      }
-      for (; t + kLong <= tile.tokens; t += kLong) {
-        score_block<Simd, Arithmetic, kLong, kVectors>(tile, t, query, s, row, rows, nullptr, 0);
-      }
-      // Some of the last block a second time, to the same effect.
-      if (t < tile.tokens) {
-        score_block<Simd, Arithmetic, kLong, kVectors>(tile, tile.tokens - kLong, query, s, row,
-                                                       rows, nullptr, 0);
-      }
-      return;
-    }
+  if (direct) {
+    for (; t < tile.tokens; t += kTokens) block.template operator()<kTokens>(t);
+    return;
   }
-  for (; t < tile.tokens; t += kTokens) {
-    if constexpr (Arithmetic::kScaled) {
-      if (row == 0 && t % kPage == 0) load_value_scales<Simd>(tile, t / kPage, s);
-    }
-    const std::byte* ahead = span.group[t / kPage + kAhead] + t % kPage * span.stride;
-    score_block<Simd, Arithmetic, kTokens, kVectors>(tile, t, query, s, row, rows, ahead,
-                                                     direct && row == 0 ? span.stride : 0);
-  }
+  for (; t + kLong <= tile.tokens; t += kLong) block.template operator()<kLong>(t);
+  // Some of the last block a second time, to the same effect.
+  if (t < tile.tokens) block.template operator()<kLong>(tile.tokens - kLong);
 }
 
 template <class Simd, class Arithmetic>

@@ -10,10 +10,9 @@
 namespace flashmla {
 namespace {
 
-// One segment of the rows of a tile: token t is at group[t / 16] + (t % 16) * stride. The last two
-// groups belong to the next tile and are only prefetched.
+// One segment of the rows of a tile: token t is at group[t / 16] + (t % 16) * stride.
 struct Span {
-  const std::byte* group[kTile / kPage + 2];
+  const std::byte* group[kTile / kPage];
   int64_t stride;  // bytes
   int32_t words;   // 32-bit groups per row
   int64_t scale;   // bytes from a row to its f32 scale (scaled arithmetics)
@@ -26,6 +25,9 @@ struct Tile {
       tokens;   // `valid` rounded up to 16: the last ones may be padding (zero rows), to be masked
   Span key[2];  // latent and rope
   Span value;
+  // Pages of the next tile in the cache, to be prefetched meanwhile: as many as this one has.
+  const std::byte* next[kTile / kPage];
+  int64_t next_bytes;  // per page; 0: there is none, or its rows are not neighbours
 };
 
 using StageRow = void (*)(const RowAddress& from, const RowLayout& layout, std::byte* row);
@@ -55,19 +57,20 @@ class Tiles {
   // The tile of positions [begin, end); `next_end` bounds what may be prefetched.
   Tile operator()(int32_t begin, int32_t end, int32_t next_end) const {
     const bool whole = begin % kPage == 0 && end % kPage == 0;
-    return direct_ && whole ? direct_tile(begin, end, next_end)
-                            : staged_tile(begin, end, next_end, [](int32_t t) { return t; });
+    Tile tile = direct_ && whole ? direct_tile(begin, end)
+                                 : staged_tile(begin, end, next_end, [](int32_t t) { return t; });
+    find_next(tile, end, next_end);
+    return tile;
   }
 
  private:
-  Tile direct_tile(int32_t begin, int32_t end, int32_t next_end) const {
+  Tile direct_tile(int32_t begin, int32_t end) const {
     Tile tile = {};
     tile.begin = begin;
     tile.valid = tile.tokens = end - begin;
     const int32_t groups = tile.tokens / kPage;
-    for (int32_t g = 0; g < groups + 2; ++g) {
-      const int32_t token = begin + g * kPage;
-      const RowAddress row = slots_[g < groups || token < next_end ? token : end - kPage];
+    for (int32_t g = 0; g < groups; ++g) {
+      const RowAddress row = slots_[begin + g * kPage];
       tile.key[0].group[g] = row.kv_c;
       tile.key[1].group[g] = row.k_pe;
       tile.value.group[g] = row.v;
@@ -79,7 +82,7 @@ class Tiles {
     tile.key[0].scale = row_scale_;
     tile.key[1].scale = row_scale_ + 4;
     if (row_scale_ != 0) {
-      for (int32_t g = 0; g < groups + 2; ++g)
+      for (int32_t g = 0; g < groups; ++g)
         tile.key[1].group[g] = tile.key[0].group[g] + layout_.latent;
       tile.key[1].stride = tile.key[0].stride;
       tile.key[1].scale -= layout_.latent;
@@ -103,9 +106,8 @@ class Tiles {
     // Padding rows are zero, scales included (0 * NaN would be NaN).
     const int64_t rest = static_cast<int64_t>(tile.tokens - tile.valid) * layout_.stride;
     if (rest > 0) __builtin_memset(row, 0, rest);
-    for (int32_t g = 0; g < tile.tokens / kPage + 2; ++g) {
-      const int32_t in_tile = g < tile.tokens / kPage ? g : 0;
-      tile.key[0].group[g] = scratch_ + in_tile * kPage * layout_.stride;
+    for (int32_t g = 0; g < tile.tokens / kPage; ++g) {
+      tile.key[0].group[g] = scratch_ + g * kPage * layout_.stride;
       tile.key[1].group[g] = tile.key[0].group[g] + layout_.rope_offset;
       tile.value.group[g] = tile.key[0].group[g] + layout_.value_offset;
     }
@@ -115,10 +117,21 @@ class Tiles {
     return finish(tile);
   }
 
+  void find_next(Tile& tile, int32_t end, int32_t next_end) const {
+    if (end >= next_end || end % kPage != 0 || !slots_.whole_pages(kPage)) return;
+    tile.next_bytes = kPage * cache_.kv_c.token_stride;
+    const int32_t last = (next_end - 1) / kPage * kPage;
+    for (int32_t g = 0; g < tile.tokens / kPage; ++g) {
+      const int32_t token = end + g * kPage;
+      tile.next[g] = slots_[token < last ? token : last].kv_c;
+    }
+  }
+
   Tile finish(Tile tile) const {
     tile.key[0].words = layout_.groups[0];
     tile.key[1].words = layout_.groups[1];
     if (layout_.value_offset == 0) tile.value = tile.key[0];
+    for (const std::byte*& page : tile.next) page = tile.key[0].group[0];
     return tile;
   }
 
