@@ -45,42 +45,65 @@ struct Q4Kv {
     return {row, scales, rope, rope + r};
   }
 
-  // Index of the level nearest to x * inverse: with midpoint m[k] between levels k and k + 1, the
-  // number of k with x * inverse > m[k].
-  static void nearest(const float* x, float inverse, int32_t* index) {
-    for (int i = 0; i < kBlock; ++i) {
-      const float y = inverse > 0 ? x[i] * inverse : 0;
-      int32_t n = 0;
-#pragma GCC unroll 16
-      for (int k = 0; k < 15; ++k) {
-        n += y > static_cast<float>(kLevels[k] + kLevels[k + 1]) * 0.5f ? 1 : 0;
-      }
-      index[i] = n;
+  // Midpoint between levels k and k + 1.
+  static constexpr float midpoint(int k) {
+    return static_cast<float>(kLevels[k] + kLevels[k + 1]) * 0.5f;
+  }
+
+  // Half a block as the compiler's own vectors: plain arithmetic of every level, in whatever
+  // registers it has. Left to vectorise loops, compilers spend most of the time on sums and
+  // packing.
+  static constexpr int kHalf = kBlock / 2;
+  template <class T, int kCount>
+  using Vector [[gnu::vector_size(kCount * sizeof(T))]] = T;
+  using Floats = Vector<float, kHalf>;
+  using Ints = Vector<int32_t, kHalf>;
+
+  // Nibbles of a block: of each value the index of the level nearest to x * inverse, the number of
+  // k with x * inverse > midpoint(k). Midpoints are symmetric, so half of them serve: for y <= 0 it
+  // is 7 minus the number of positive ones with |y| >= midpoint, which is > after a step to the
+  // next larger float.
+  static void store_nearest(const float* x, float inverse, std::byte* nibbles) {
+    Ints index[2];
+    for (int half = 0; half < 2; ++half) {
+      Floats y;
+      __builtin_memcpy(&y, x + half * kHalf, sizeof(y));
+      y = inverse > 0 ? y * inverse : Floats{};
+      Ints bits;
+      __builtin_memcpy(&bits, &y, sizeof(bits));
+      const Ints negative = ~(y > 0.0f);  // 0 or -1
+      const Ints magnitude = (bits & 0x7fffffff) - negative;
+      Ints n = {};  // minus the number
+#pragma GCC unroll 8
+      for (int k = 8; k < 15; ++k) n += magnitude > static_cast<int32_t>(float_bits(midpoint(k)));
+      index[half] = ((8 - n) & ~negative) | ((7 + n) & negative);
     }
+    const auto packed = __builtin_convertvector(index[0] | (index[1] << 4), Vector<uint8_t, kHalf>);
+    __builtin_memcpy(nibbles, &packed, sizeof(packed));
   }
 
   // Squared error of a block of magnitudes at a scale. The levels are symmetric, so the upper half
-  // of them serves. Eight partial sums, so that the compiler may use vectors without reordering.
-  static float squared_error(const float* magnitude, float scale) {
+  // of them serves.
+  static float squared_error(const float* magnitudes, float scale) {
     const float inverse = inverse_scale(scale);
-    float square[kBlock], sums[8];
-    for (int i = 0; i < kBlock; ++i) {
-      const float y = magnitude[i] * inverse;
-      float level = kLevels[8];
+    Vector<float, 8> part[4], sum;
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      Floats magnitude;
+      __builtin_memcpy(&magnitude, magnitudes + half * kHalf, sizeof(magnitude));
+      const Floats y = magnitude * inverse;
+      Ints level = Ints{} + kLevels[8];
 #pragma GCC unroll 8
-      for (int k = 8; k < 15; ++k) {
-        const float midpoint = static_cast<float>(kLevels[k] + kLevels[k + 1]) * 0.5f;
-        const auto step = static_cast<float>(kLevels[k + 1] - kLevels[k]);
-        level += y > midpoint ? step : 0.0f;
-      }
-      const float d = magnitude[i] - scale * level;
-      square[i] = d * d;
+      for (int k = 8; k < 15; ++k) level += (y > midpoint(k)) & (kLevels[k + 1] - kLevels[k]);
+      const Floats d = magnitude - scale * __builtin_convertvector(level, Floats);
+      const Floats square = d * d;
+      __builtin_memcpy(part + 2 * half, &square, sizeof(square));
     }
-    for (int j = 0; j < 8; ++j) {
-      sums[j] = ((square[j] + square[j + 8]) + square[j + 16]) + square[j + 24];
-    }
-    return ((sums[0] + sums[4]) + (sums[2] + sums[6])) +
-           ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+    sum = ((part[0] + part[1]) + part[2]) + part[3];
+    Vector<float, 4> quarter[2], four;
+    __builtin_memcpy(quarter, &sum, sizeof(sum));
+    four = quarter[0] + quarter[1];
+    return (four[0] + four[2]) + (four[1] + four[3]);
   }
 
   // Tries a few scales below absmax / 127 (clipping the largest value can serve the others) and
@@ -93,12 +116,13 @@ struct Q4Kv {
     for (int i = 0; i < kBlock; ++i) magnitude[i] = __builtin_fabsf(x[i]);
     // Candidates are compared before they are rounded to fp16; codes come from the rounded one.
     float best = 0, least = __builtin_inff();
+#pragma GCC unroll 8
     for (const float candidate : kCandidates) {
       const float scale = most / 127.0f * candidate;
       const float error = squared_error(magnitude, scale);
-      if (!(error < least)) continue;
-      least = error;
-      best = scale;
+      const bool better = error < least;
+      least = better ? error : least;
+      best = better ? scale : best;
     }
     if (least == __builtin_inff()) best = most / 127.0f;  // the squares overflow
     return float_to_f16(best > 65504.0f ? 65504.0f : best);
@@ -110,12 +134,8 @@ struct Q4Kv {
     for (int32_t b = 0; b < l / kBlock; ++b) {
       const float* x = latent + b * kBlock;
       const uint16_t scale = best_scale(x);
-      int32_t index[kBlock];
-      nearest(x, inverse_scale(f16_to_float(scale)), index);
+      store_nearest(x, inverse_scale(f16_to_float(scale)), row + b * 16);
       store_u16(const_cast<std::byte*>(to.scales) + 2 * b, scale);
-      for (int j = 0; j < 16; ++j) {
-        row[b * 16 + j] = static_cast<std::byte>(index[j] | index[j + 16] << 4);
-      }
     }
     const float most = absolute_maximum(rope, r);
     const float inverse = segment_inverse(most);
