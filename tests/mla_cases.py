@@ -53,12 +53,14 @@ PACKED_RATIO = {"F32": 1.10, "INT16": 1.10, "BF16": 1.5, "INT8": 2.5}
 PACKED_RATIO_WITH_SINK = {"F32": 1.10, "INT16": 1.25, "BF16": 1.5, "INT8": 4.5}
 POOLED_RATIO = {
     "F32": {"normal": 1.01, "peaky": 1.01, "sink": 1.01},
-    "INT16": {"normal": 1.10, "peaky": 1.10, "sink": 1.10},
+    "INT16": {"normal": 1.02, "peaky": 1.02, "sink": 1.02},
     "BF16": {"normal": 1.10, "peaky": 1.10, "sink": 1.10},
     "INT8": {"normal": 1.7, "peaky": 1.5, "sink": 2.0},
 }
 # Against the reference over the stored values: what rounding queries and keys does to one logit.
-PACKED_LSE_ERROR = {"F32": 1e-3, "INT16": 1e-2, "BF16": 3e-2, "INT8": 0.1}
+# INT16 takes the codes of q8_kv as they are and rounds those of the other formats.
+PACKED_LSE_ERROR = {"F32": 1e-3, "INT16": 5e-3, "BF16": 3e-2, "INT8": 0.1}
+PACKED_LSE_ERROR_OF_EXACT_CODES = {("INT16", "q8_kv"): 1e-3}
 # Rounding a result to the output's dtype changes each value by at most this part of it. Added to
 # the bound of packed formats, whose storage error says nothing about the output.
 UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
@@ -387,6 +389,7 @@ def check(problem: Problem, out: Tensor, lse: Tensor) -> None:
 
     lse_error = (lse.double() - expected_lse).masked_fill(empty, 0).abs().max()
     lse_bound = PACKED_LSE_ERROR[case.arithmetic] if case.packed else FLOAT_LSE_ERROR
+    lse_bound = PACKED_LSE_ERROR_OF_EXACT_CODES.get((case.arithmetic, case.cache_format), lse_bound)
     assert lse_error <= lse_bound, f"lse is off by {lse_error:.2e}"
     for b in range(len(out)):
         actual = out[b].double()

@@ -124,7 +124,7 @@ ValueColumns interleave_columns(const Tile& tile, int32_t d, const Scratch& s) {
 template <class Arithmetic>
 ValueColumns columns_in_place(const Tile& tile, int32_t d, const Scratch& s) {
   constexpr int kGroup = Arithmetic::kGroup;
-  const bool staged = tile.value.group[0] == s.staged;
+  const bool staged = tile.key[0].group[0] == s.staged;
   ValueColumns values;
   values.pages = staged ? 1 : tile.tokens / kPage;
   values.groups = (staged ? tile.tokens : kPage) / kGroup;

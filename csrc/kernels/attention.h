@@ -91,7 +91,7 @@ inline int32_t list_positions(const AttentionParams& p, const WorkItem& item, in
 
 template <class Simd, class Arithmetic>
 void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, StageRow stage,
-            bool native, float* partials, std::byte* memory) {
+            bool native, int32_t key_max, float* partials, std::byte* memory) {
   const RowLayout layout = row_layout<Simd, Arithmetic>(p.cache);
   Scratch s;
   lay_out<Simd, Arithmetic>(layout, shape, memory, s);
@@ -99,7 +99,7 @@ void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, St
   const int32_t rows = round_up(used, Simd::kLanes), vectors = rows / Simd::kLanes;
 
   const float scale = __builtin_fabsf(p.softmax_scale) * kLog2e;
-  pack_queries<Simd, Arithmetic>(p, item, layout, vectors, scale, s);
+  pack_queries<Simd, Arithmetic>(p, item, layout, vectors, scale, key_max, s);
   const bool holes = find_ranges(p, item, rows, s);
   int32_t begin = s.first[0], end = s.limit[0], all_begin = begin,
           all_end = end;  // keys any / every row sees

@@ -18,9 +18,10 @@ struct Pipeline {
   RowLayout (*row_layout)(const CacheView& cache);
   size_t (*lay_out)(const RowLayout& layout, BlockShape shape, std::byte* base, Scratch& s);
   void (*attend)(const AttentionParams& p, BlockShape shape, const WorkItem& item, StageRow stage,
-                 bool native, float* partials, std::byte* memory);
+                 bool native, int32_t key_max, float* partials, std::byte* memory);
   StageRow stage;
   bool native;
+  int32_t key_max;  // largest code of staged keys (scaled arithmetics)
   const char* arithmetic;
 };
 
@@ -32,15 +33,24 @@ void stage_row(const RowAddress& from, const RowLayout& layout, std::byte* row) 
   }
 }
 
+// Formats whose codes an arithmetic takes as they are may state a smaller range than its own.
+template <class Arithmetic, class Format>
+constexpr int32_t key_max() {
+  if constexpr (requires { Format::kKeyMax; }) {
+    return Format::kKeyMax;
+  } else if constexpr (Arithmetic::kScaled) {
+    return static_cast<int32_t>(Arithmetic::kKeyMax);
+  } else {
+    return 0;
+  }
+}
+
 template <class Simd, class Arithmetic, class Format>
 constexpr Pipeline pipeline(ArithmeticId id, const char* name) {
-  return {block_shape<Simd, Arithmetic>,
-          row_layout<Simd, Arithmetic>,
-          lay_out<Simd, Arithmetic>,
-          attend<Simd, Arithmetic>,
-          stage_row<Simd, Arithmetic, Format>,
-          Format::kNative == id,
-          name};
+  return {block_shape<Simd, Arithmetic>,       row_layout<Simd, Arithmetic>,
+          lay_out<Simd, Arithmetic>,           attend<Simd, Arithmetic>,
+          stage_row<Simd, Arithmetic, Format>, Format::kNative == id,
+          key_max<Arithmetic, Format>(),       name};
 }
 
 template <class Simd, class Format, ScalarType kQuery>
@@ -90,7 +100,7 @@ struct Level {
   }
   static void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item,
                      float* partials, std::byte* scratch) {
-    of(p).attend(p, shape, item, of(p).stage, of(p).native, partials, scratch);
+    of(p).attend(p, shape, item, of(p).stage, of(p).native, of(p).key_max, partials, scratch);
   }
   static const char* arithmetic(CacheFormat format, ScalarType query) {
     return pipeline_of<Simd>(format, query).arithmetic;

@@ -26,33 +26,54 @@ template <class Simd>
   return width;
 }
 
+// A single vector of rows would take one broadcast per product, more than a CPU loads where 8-bit
+// products are fastest. Its queries are packed by quads instead, [quad of words][j][i] being those
+// of row 4 i + j: the broadcast of a quad of a key serves 16 rows.
+template <class Simd, class Arithmetic>
+constexpr bool kQuads = Arithmetic::kGroup == 4 && Simd::kLanes == 16;
+
 [[gnu::always_inline]] inline const std::byte* query_row(const QueryRows& q, int32_t sequence,
                                                          int32_t token, int32_t head) {
   return q.data + sequence * q.stride[0] + token * q.stride[1] + head * q.stride[2];
 }
 
+template <class Simd>
+float add_lanes(typename Simd::Float x) {
+  float lanes[Simd::kLanes];
+  Simd::store(lanes, x);
+  for (int n = Simd::kLanes / 2; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
+  }
+  return lanes[0];
+}
+
 // One segment of one query row, times `sign`, as arithmetic elements. For scaled arithmetics also
-// its scale, times `factor`, and the start value of its accumulators.
+// its scale, times `factor`, and the start value of its accumulators. key_max: largest key code.
 template <class Simd, class Arithmetic>
 void encode_query(ScalarType type, const std::byte* from, int32_t count, float sign, float factor,
-                  std::byte* to, float* scale, int32_t* start) {
+                  int32_t key_max, std::byte* to, float* scale, int32_t* start) {
   constexpr int kVector = Simd::kLanes * Arithmetic::kGroup;
   constexpr int kChunk = 512;  // values widened at a time
   float wide[kChunk];
   float multiplier = sign;
   const int64_t size = size_of(type);
   if constexpr (Arithmetic::kScaled) {
-    auto most = Simd::zero();
+    auto most = Simd::zero(), sum = Simd::zero();
     for (int32_t at = 0; at < count; at += kChunk) {
       const int32_t n = count - at < kChunk ? count - at : kChunk;
       load_values<Simd>(type, from + at * size, n, round_up(n, kVector), wide);
-      for (int32_t i = 0; i < n; i += Simd::kLanes)
-        most = Simd::max(most, Simd::abs(Simd::load(wide + i)));
+      for (int32_t i = 0; i < n; i += Simd::kLanes) {
+        const auto magnitude = Simd::abs(Simd::load(wide + i));
+        most = Simd::max(most, magnitude);
+        // Scaled down, so that it stays finite: 2^20 > 65536 values.
+        sum = Simd::fma(magnitude, Simd::set(0x1p-20f), sum);
+      }
     }
     const float m = Simd::reduce_max(most);
-    const float most_code = Arithmetic::query_max(count);
-    multiplier = m > 1e-30f ? sign * most_code / m : 0.0f;
-    *scale = m > 1e-30f ? m / most_code * factor : 0.0f;
+    const float resolution =
+        m > 1e-30f ? Arithmetic::query_resolution(m, add_lanes<Simd>(sum), count, key_max) : 0;
+    multiplier = sign * resolution;
+    *scale = m > 1e-30f ? factor / resolution : 0.0f;
   }
   auto finite = Simd::zero();  // NaN once a value is not finite
   for (int32_t at = 0; at < count; at += kChunk) {
@@ -70,12 +91,7 @@ void encode_query(ScalarType type, const std::byte* from, int32_t count, float s
     }
   }
   if constexpr (Arithmetic::kScaled) {
-    float lanes[Simd::kLanes];
-    Simd::store(lanes, finite);
-    for (int n = Simd::kLanes / 2; n > 0; n /= 2) {
-      for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
-    }
-    *scale += lanes[0];
+    *scale += add_lanes<Simd>(finite);
     *start = Arithmetic::query_start(to, count);
   }
 }
@@ -94,7 +110,7 @@ bool packs_directly(const AttentionParams& p, const RowLayout& layout) {
 // the scales of scaled arithmetics.
 template <class Simd, class Arithmetic>
 void pack_queries(const AttentionParams& p, const WorkItem& item, const RowLayout& layout,
-                  int vectors, float factor, Scratch& s) {
+                  int vectors, float factor, int32_t key_max, Scratch& s) {
   const float sign = p.softmax_scale < 0 ? -1.0f : 1.0f;
   const int32_t first_token = query_tokens(p, item.sequence).begin;
   using Word = typename Simd::Word;
@@ -125,12 +141,24 @@ void pack_queries(const AttentionParams& p, const WorkItem& item, const RowLayou
           source[1][i] = q_pe;
           continue;
         }
-        encode_query<Simd, Arithmetic>(p.q_type, q, layout.latent, sign, factor, row,
+        encode_query<Simd, Arithmetic>(p.q_type, q, layout.latent, sign, factor, key_max, row,
                                        s.query_scale[0] + r, s.query_sum[0] + r);
         if (layout.rope == 0) continue;
-        encode_query<Simd, Arithmetic>(p.q_type, q_pe, layout.rope, sign, factor,
+        encode_query<Simd, Arithmetic>(p.q_type, q_pe, layout.rope, sign, factor, key_max,
                                        row + layout.rope_offset, s.query_scale[1] + r,
                                        s.query_sum[1] + r);
+      }
+      if constexpr (kQuads<Simd, Arithmetic>) {
+        if (width == 1) {
+          std::byte* to = block;
+          for (int seg = 0; seg < 2; ++seg) {
+            for (int32_t g = 0; g < layout.groups[seg]; g += 4) {
+              for (int i = 0; i < 16; ++i, to += 16)
+                __builtin_memcpy(to, source[seg][i % 4 * 4 + i / 4] + 4 * g, 16);
+            }
+          }
+          continue;
+        }
       }
       int32_t done = 0;  // words of the segments before
       for (int seg = 0; seg < 2; done += layout.groups[seg], ++seg) {

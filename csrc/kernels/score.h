@@ -98,6 +98,58 @@ void score_block(const Tile& tile, int32_t t, const std::byte* query, const Scra
   for (int v = 0; v < kVectors; ++v) Simd::store(s.tile_maximum + row + v * kLanes, most[v]);
 }
 
+// Four tokens against one vector of rows, whose queries are packed by quads: each word of the
+// accumulators holds a quarter of a product.
+template <class Simd, class Arithmetic>
+void score_quads(const Tile& tile, int32_t t, const std::byte* query, const Scratch& s, int32_t row,
+                 int32_t rows, const std::byte* ahead, int64_t ahead_bytes) {
+  using Word = typename Simd::Word;
+  constexpr int kTokens = 4, kVectorBytes = Simd::kLanes * 4;
+  float* out = s.score + static_cast<int64_t>(t) * rows + row;
+  auto most = Simd::load(s.tile_maximum + row);
+  const int64_t quads = (tile.key[0].words + tile.key[1].words) / 4;
+  const int64_t step = (ahead_bytes + quads - 1) / quads;
+  const int last = tile.key[1].words > 0 ? 1 : 0;
+  for (int seg = 0; seg <= last; ++seg) {
+    const Span& span = tile.key[seg];
+    const std::byte* key = span.group[t / kPage] + t % kPage * span.stride;
+    Word acc[kTokens][4];
+#pragma GCC unroll 4
+    for (int i = 0; i < kTokens; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) acc[i][j] = Simd::zero_word();
+    }
+    for (int32_t g = 0; g < span.words; g += 4, query += 4 * kVectorBytes) {
+      Word q[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) q[j] = Simd::load_word(query + j * kVectorBytes);
+      Simd::prefetch(ahead);
+      ahead += step;
+#pragma GCC unroll 4
+      for (int i = 0; i < kTokens; ++i) {
+        const Word k = Simd::broadcast_quad(key + i * span.stride + 4 * g);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) acc[i][j] = Arithmetic::dot_key(acc[i][j], q[j], k);
+      }
+    }
+    const auto query_scale = Simd::load(s.query_scale[seg] + row);
+    const Word start = Simd::load_word(s.query_sum[seg] + row);
+#pragma GCC unroll 4
+    for (int i = 0; i < kTokens; ++i) {
+      float key_scale;
+      __builtin_memcpy(&key_scale, key + i * span.stride + span.scale, 4);
+      float* to = out + i * rows;
+      const auto scale = Simd::mul(query_scale, Simd::set(key_scale));
+      const auto before = seg == 0 ? Simd::set(s.value_log2[t + i]) : Simd::load(to);
+      const auto sum = Simd::to_float(Simd::add_word(start, Simd::sum_quads(acc[i])));
+      const auto x = Simd::fma(sum, scale, before);
+      Simd::store(to, x);
+      if (seg == last) most = Simd::max(most, x);
+    }
+  }
+  Simd::store(s.tile_maximum + row, most);
+}
+
 // All tokens of the tile against one row block of kVectors vectors.
 template <class Simd, class Arithmetic, int kVectors>
 void score_rows(const Tile& tile, const std::byte* query, const Scratch& s, int32_t row,
@@ -119,6 +171,13 @@ void score_rows(const Tile& tile, const std::byte* query, const Scratch& s, int3
     }
   }
   int32_t t = 0;
+  if constexpr (kVectors == 1 && kQuads<Simd, Arithmetic>) {
+    for (; t < tile.tokens; t += 4) {
+      score_quads<Simd, Arithmetic>(tile, t, query, s, row, rows,
+                                    tile.next[t / kPage] + t % kPage * ahead, 4 * ahead);
+    }
+    return;
+  }
   if (direct) {
     for (; t < tile.tokens; t += kTokens) block.template operator()<kTokens>(t);
     return;

@@ -119,6 +119,7 @@ class Tiles {
 
   void find_next(Tile& tile, int32_t end, int32_t next_end) const {
     if (end >= next_end || end % kPage != 0 || !slots_.whole_pages(kPage)) return;
+    if (cache_.kv_c.token_stride > kLongestRow) return;  // mostly gaps
     tile.next_bytes = kPage * cache_.kv_c.token_stride;
     const int32_t last = (next_end - 1) / kPage * kPage;
     for (int32_t g = 0; g < tile.tokens / kPage; ++g) {
@@ -143,8 +144,8 @@ class Tiles {
       prefetch_bytes(row.k_pe, cache_.k_pe.token_stride);
     }
   }
+  static constexpr int64_t kLongestRow = 4096;  // bytes
   static void prefetch_bytes(const std::byte* p, int64_t count) {
-    constexpr int64_t kLongestRow = 4096;
     for (int64_t i = 0; i < count && i < kLongestRow; i += kCacheLine) __builtin_prefetch(p + i);
   }
 

@@ -1,9 +1,9 @@
 // arithmetic/int16.h: words of two 16-bit codes, int32 accumulators; levels with a 16-bit pair
 // product.
 //
-// K and V rows are codes up to +-2047 with one f32 scale per segment; queries and probabilities
-// take what is left of 31 bits. As exact as the storage format, at half the rate of Int8: it serves
-// levels without an 8-bit dot product.
+// K and V rows are codes up to +-2047 (fewer where a format's own codes do) with one f32 scale per
+// segment; queries and probabilities take what is left of 31 bits. As exact as the storage format,
+// at half the rate of Int8: it serves levels without an 8-bit dot product.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -22,10 +22,14 @@ struct Int16 {
   static constexpr float kKeyMax = 2047.0f;
   static constexpr float kProbabilityMax = 8191.0f;  // 2047 * 8191 * 128 < 2^31
 
-  // Largest query code for a segment of `length` values: the sum must fit int32.
-  static float query_max(int32_t length) {
-    const int32_t most = static_cast<int32_t>(2147483647LL / (2047LL * length));
-    return static_cast<float>(most < 8191 ? most : 8191);
+  // Query codes per unit, for a segment of `length` values with the largest magnitude `most` and
+  // the sum of magnitudes `sum` * 2^20. key_max times the sum of the codes' magnitudes must fit
+  // int32; rounding adds half a code each, and the float sum is good to 1 / 1024.
+  static float query_resolution(float most, float sum, int32_t length, int32_t key_max) {
+    const float codes = 0x1p31f * (1023.0f / 1024) / static_cast<float>(key_max);
+    const float room = (codes - 0.5f * static_cast<float>(length)) * 0x1p-20f / sum;
+    const float range = 32767 / most;
+    return room < range ? room : range;
   }
   static int32_t query_start(const std::byte*, int32_t) { return 0; }
 
@@ -45,7 +49,7 @@ struct Int16 {
                         Simd::template shift_left<16>(Simd::round_to_word(p[1])));
   }
 
-  // x: already scaled to +-query_max.
+  // x: codes, before they are rounded.
   static void store_query(std::byte* p, const Float x[2]) {
     for (int i = 0; i < 2; ++i)
       Simd::store_s16(p + 2 * i * Simd::kLanes, Simd::round_to_word(x[i]));

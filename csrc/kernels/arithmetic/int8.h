@@ -23,8 +23,8 @@ struct Int8 {
   static constexpr float kKeyMax = 127.0f;
   static constexpr float kProbabilityMax = 255.0f;
 
-  // Largest query code for a segment of `length` values.
-  static float query_max(int32_t) { return 127.0f; }
+  // Query codes per unit, for a segment with the largest magnitude `most`.
+  static float query_resolution(float most, float, int32_t, int32_t) { return 127 / most; }
   // Where accumulators start, from the query's codes: the keys' bias costs nothing.
   static int32_t query_start(const std::byte* codes, int32_t count) {
     int32_t sum = 0;
@@ -55,7 +55,7 @@ struct Int8 {
     return Simd::bit_or(low, high);
   }
 
-  // x: already scaled to +-query_max.
+  // x: codes, before they are rounded.
   static void store_query(std::byte* p, const Float x[4]) {
     for (int i = 0; i < 4; ++i) Simd::store_s8(p + i * Simd::kLanes, Simd::round_to_word(x[i]));
   }

@@ -24,6 +24,7 @@ struct Q8Kv {
   static constexpr bool kPacked = true;
   static constexpr int kMultiple = 32;
   static constexpr ArithmeticId kNative = ArithmeticId::kInt8;
+  static constexpr int32_t kKeyMax = 128;  // byte 0 is no code, but may be there
 
   static int64_t row_bytes(int32_t latent, int32_t rope) {
     return static_cast<int64_t>(latent) + rope + 8;

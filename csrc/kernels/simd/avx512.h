@@ -34,6 +34,18 @@ struct Avx512 {
     __builtin_memcpy(&x, p, 4);
     return _mm512_set1_epi32(x);
   }
+  // The same four words in every quarter.
+  static Word broadcast_quad(const void* p) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+  }
+  // Lane 4 i + j: the sum of quarter i of x[j].
+  static Word sum_quads(const Word x[4]) {
+    const Word a =
+        _mm512_add_epi32(_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[0], x[1]));
+    const Word b =
+        _mm512_add_epi32(_mm512_unpacklo_epi32(x[2], x[3]), _mm512_unpackhi_epi32(x[2], x[3]));
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+  }
   static Word as_word(Float x) { return _mm512_castps_si512(x); }
   static Float as_float(Word x) { return _mm512_castsi512_ps(x); }
 
@@ -57,6 +69,7 @@ struct Avx512 {
   }
 
   // Words.
+  static Word add_word(Word a, Word b) { return _mm512_add_epi32(a, b); }
   static Float to_float(Word x) { return _mm512_cvtepi32_ps(x); }
   static Word round_to_word(Float x) { return _mm512_cvtps_epi32(x); }
   static bool any_negative(Word x) { return _mm512_movepi32_mask(x) != 0; }
