@@ -1,22 +1,30 @@
 // simd/concept.h: the vector vocabulary that every instruction set defines, and what each verb
 // means.
 //
-//   Float, Word           vectors of kLanes f32 / 32-bit words
-//   max(a, b)             b when either is NaN
-//   select_in_range       a where first <= t < limit, else b           select_minus_infinity   a
-//   where x == -inf, else b scale_by_exp2(p, n)   p * 2^n for integral n in [kExp2Floor, 127);
-//   exactly 0 at the floor exponent, mantissa    with either integer dot: of positive normal values
-//   interleave16 / 8      rows of 2- / 1-byte elements -> vectors whose words hold one dim of all 2
-//   / 4 rows restore16 / 8         the inverse order of dims, for f32 results of interleaved values
-//   transpose             kLanes x kLanes words in place
-//   load_bf16, ...        kLanes values of a storage type, widened; (p, count) touches only the
-//   first count elements dot_bf16, pair_bf16   with kBf16Dot: f32 dot of bf16 pairs; words of (low,
-//   high) rounded to bf16 dot_s16, widen8,      with kInt16Dot: int32 dot of int16 pairs; 2 *
-//   kLanes byte codes as int16; sub16, rescale16      (code << kShift) * factor / 2^15, rounded
-//   dot_u8s8              with kInt8Dot: int32 dot of four codes, the first unsigned
-//   unpack4, unpack6      with either integer dot: kBytes codes of four or six bits from their
-//   planes look_up4, rescale8    four-bit codes through a table; (code - bias) * factor / 128 as
-//   int8
+// - Float, Word: vectors of kLanes f32 / 32-bit words
+// - max(a, b): b when either is NaN
+// - select_in_range: a where first <= t < limit, else b
+// - select_minus_infinity: a where x == -inf, else b
+// - scale_by_exp2(p, n): p * 2^n for integral n in [kExp2Floor, 127); exactly 0 at the floor
+// - transpose: kLanes x kLanes words in place
+// - load_bf16, ...: kLanes values of a storage type, widened; (p, count) touches only the first
+//   count elements
+//
+// With a dot product of bf16 (kBf16Dot), int16 (kInt16Dot) or int8 (kInt8Dot):
+//
+// - interleave16, interleave8: rows of 2- / 1-byte elements -> vectors whose words hold one dim of
+//   all 2 / 4 rows
+// - restore16, restore8: the inverse order of dims, for f32 results of interleaved values
+// - dot_bf16, pair_bf16: f32 dot of bf16 pairs; words of (low, high) rounded to bf16
+// - exponent, mantissa: of positive normal values
+// - dot_s16: int32 dot of int16 pairs
+// - widen8, sub16, rescale16: 2 * kLanes byte codes as int16; (code << kShift) * factor / 2^15,
+//   rounded
+// - dot_u8s8: int32 dot of four codes, the first unsigned
+// - broadcast_quad, sum_quads, add_word: with dot_u8s8 and 16 lanes: four words in every quarter;
+//   the sums of the quarters of four vectors (query.h, kQuads)
+// - unpack4, unpack6: kBytes codes of four or six bits from their planes
+// - look_up4, rescale8: four-bit codes through a table; (code - bias) * factor / 128 as int8
 #pragma once
 #include <concepts>
 #include <cstddef>
@@ -79,6 +87,11 @@ concept SimdVocabulary =
         S::interleave8(w, w, w, w, ws);
         S::restore8(fs);
         S::store_s8(v, w);
+      };
+      requires !(S::kInt8Dot && S::kLanes == 16) || requires {
+        { S::broadcast_quad(cv) } -> std::same_as<typename S::Word>;
+        { S::sum_quads(ws) } -> std::same_as<typename S::Word>;
+        { S::add_word(w, w) } -> std::same_as<typename S::Word>;
       };
     };
 
