@@ -14,6 +14,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 TORCH := 2.13.0
 
+CPP_DIRS := csrc tests examples torch_flash_mla/include
+
 SELECT := $(if $(SLOW),-m "not exhaustive")
 PYTEST_ARGS ?=
 
@@ -34,11 +36,11 @@ test: setup
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc tests -name '*.h' -o -name '*.cpp')
+	$(VENV)/bin/clang-format --dry-run -Werror $$(find $(CPP_DIRS) -name '*.h' -o -name '*.cpp')
 
 format: setup
 	$(VENV)/bin/ruff check --fix .
-	$(VENV)/bin/clang-format -i $$(find csrc tests -name '*.h' -o -name '*.cpp')
+	$(VENV)/bin/clang-format -i $$(find $(CPP_DIRS) -name '*.h' -o -name '*.cpp')
 
 bench: setup
 	$(PY) -m torch_flash_mla.bench decode

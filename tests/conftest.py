@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+from programs import ROOT, run
 
 import torch_flash_mla
 
@@ -29,3 +32,11 @@ def _reproducible() -> None:
     """The same numbers in every run, and two threads, so that work is split on any machine."""
     torch.manual_seed(0)
     torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that examples/cpp/export.py fills: takes about 40 seconds, in slow tests only."""
+    folder = tmp_path_factory.mktemp("exported")
+    run(sys.executable, "examples/cpp/export.py", folder, PYTHONPATH=str(ROOT))
+    return folder

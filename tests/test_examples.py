@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from programs import load_program
 from transformers_cases import TINY_MODEL, small_model
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
 def _one_thread(_reproducible: None) -> None:
     """Models as small as these would spend their time on waking threads."""
     torch.set_num_threads(1)
-
-
-def program(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses of the program look their module up by name.
-
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +39,7 @@ def test_generate(
 ) -> None:
     arguments = ["--model", str(checkpoint), "--kv-cache-dtype", kv_cache_dtype, "--compare"]
     arguments += ["--prompt", "def f(x):", "--max-new-tokens", "6", "--temperature", "0"]
-    assert program("examples/generate.py").main(arguments) == 0
+    assert load_program("examples/generate.py").main(arguments) == 0
     output = capsys.readouterr().out
     assert "2 of 2 attention layers patched" in output
     same = re.search(r"first (\d+) of \d+ characters are the same", output)
@@ -74,7 +58,7 @@ def test_generate(
 )
 def test_generate_with_the_tiny_model(capsys: pytest.CaptureFixture[str]) -> None:
     """The default model, as `make demo` runs it."""
-    assert program("examples/generate.py").main(["--compare", "--max-new-tokens", "24"]) == 0
+    assert load_program("examples/generate.py").main(["--compare", "--max-new-tokens", "24"]) == 0
     output = capsys.readouterr().out
     assert "4 of 4 attention layers patched" in output
     assert table_row(output, "patched, q8_kv")[5] == str(4 * 584)
@@ -83,12 +67,12 @@ def test_generate_with_the_tiny_model(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_generate_names_a_missing_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        program("examples/generate.py").main(["--model", str(tmp_path)])
+        load_program("examples/generate.py").main(["--model", str(tmp_path)])
     assert "holds no weights" in capsys.readouterr().err
 
 
 def test_layer_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
-    assert program("benchmarks/layer.py").main(["--history", "64", "--steps", "1"]) == 0
+    assert load_program("benchmarks/layer.py").main(["--history", "64", "--steps", "1"]) == 0
     output = capsys.readouterr().out
     assert output.count("x │") == 3
 
@@ -103,7 +87,7 @@ def test_shared_prompt(
     arguments += ["--cache", str(tmp_path / "prompt.mla")]
     outputs = []
     for _ in range(2):
-        assert program("examples/shared_prompt.py").main(arguments) == 0
+        assert load_program("examples/shared_prompt.py").main(arguments) == 0
         outputs.append(capsys.readouterr().out)
     texts = [output.rpartition("╯")[0] for output in outputs]
     assert texts[0] == texts[1]
@@ -121,7 +105,7 @@ def test_shared_prompt(
 def test_prompt_benchmark(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    benchmark = program("benchmarks/prompt.py")
+    benchmark = load_program("benchmarks/prompt.py")
     config = benchmark.v2_lite_config()
     config.hidden_size = config.intermediate_size = 64
     monkeypatch.setattr(benchmark, "v2_lite_config", lambda: config)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,8 +11,6 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Atten
 
 from torch_flash_mla.cache import PagedLatentCache
 from torch_flash_mla.modules import MLAAttention
-
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 DIMS = {"kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 48, "v_head_dim": 40}
 HIDDEN, HEADS = 96, 4
@@ -86,19 +82,6 @@ def test_missing_angles_and_odd_rope():
     arguments = latents.kv_cache(0), latents.block_table, latents.cache_seqlens
     with pytest.raises(ValueError, match="cos, sin"):
         layer()(torch.zeros(1, 1, HIDDEN), None, None, *arguments, torch.zeros(1, 1).long())
-
-
-@pytest.mark.parametrize("kv_cache_dtype", ["auto", "q8_kv"])
-@pytest.mark.parametrize("q_lora_rank", [None, 24])
-def test_script_saves_and_loads(q_lora_rank, kv_cache_dtype):
-    module = layer(q_lora_rank=q_lora_rank, kv_cache_dtype=kv_cache_dtype)
-    buffer = io.BytesIO()
-    torch.jit.save(torch.jit.script(module), buffer)
-    buffer.seek(0)
-    loaded = torch.jit.load(buffer)
-    hidden = torch.randn(2, 9, HIDDEN)
-    expected = run(module, hidden, [5, 1, 2, 1], kv_cache_dtype)
-    torch.testing.assert_close(run(loaded, hidden, [5, 1, 2, 1], kv_cache_dtype), expected)
 
 
 def test_compiled_steps_are_one_graph():

@@ -28,6 +28,9 @@ except ModuleNotFoundError as error:
         f"pip install 'torch=={SUPPORTED_TORCH}.*'"
     ) from error
 
+# Where CMake finds torch_flash_mla-config.cmake, as torch.utils.cmake_prefix_path does for torch.
+cmake_prefix_path = str(Path(__file__).resolve().with_name("share") / "cmake")
+
 
 def _load_operators() -> None:
     """Registers the operators of ``_C.so``, or explains what stands in the way."""
@@ -73,7 +76,13 @@ if TYPE_CHECKING:
         flash_mla_with_kvcache,
         get_mla_metadata,
     )
-    from torch_flash_mla.integrations.transformers import MLACache, patch, patched, unpatch
+    from torch_flash_mla.integrations.transformers import (
+        DecoderStep,
+        MLACache,
+        patch,
+        patched,
+        unpatch,
+    )
     from torch_flash_mla.modules import MLAAttention
 
 
@@ -97,6 +106,7 @@ def force_isa(name: str) -> Iterator[None]:
 
 # Imported when first used, so that importing the operators stays quick and transformers optional.
 _LAZY = {
+    "DecoderStep": "torch_flash_mla.integrations.transformers",
     "MLAAttention": "torch_flash_mla.modules",
     "MLACache": "torch_flash_mla.integrations.transformers",
     "PagedLatentCache": "torch_flash_mla.cache",
@@ -118,10 +128,12 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "DecoderStep",
     "MLAAttention",
     "MLACache",
     "PagedLatentCache",
     "available_isas",
+    "cmake_prefix_path",
     "concat_and_cache_mla",
     "copy_blocks",
     "cpu_isa",

@@ -53,6 +53,18 @@ std::string arithmetic(std::string_view kv_cache_dtype, at::ScalarType q) {
   return kernels().arithmetic(info->format, float_type(q, "q"));
 }
 
+int64_t row_bytes(std::string_view kv_cache_dtype, int64_t latent_dim, int64_t rope_dim) {
+  const FormatInfo* info = find_format(kv_cache_dtype.data(), kv_cache_dtype.size());
+  TORCH_CHECK_VALUE(info != nullptr && info->packed, "kv_cache_dtype: \"", kv_cache_dtype,
+                    "\", expected a packed format");
+  const int32_t latent = check_width(latent_dim, "latent_dim", 1);
+  const int32_t rope = check_width(rope_dim, "rope_dim", 0);
+  TORCH_CHECK_VALUE(latent % info->multiple == 0 && rope % info->multiple == 0,
+                    "kv_cache_dtype: ", info->name, " packs multiples of ", info->multiple,
+                    " values, but latent_dim is ", latent, " and rope_dim ", rope);
+  return info->row_bytes(latent, rope);
+}
+
 double roof(std::string_view arithmetic, int64_t iterations) {
   struct Context {
     ArithmeticId arithmetic;

@@ -64,6 +64,10 @@ TORCH_LIBRARY(flashmla, m) {
   m.def("_force_isa(str name) -> ()", &flashmla::set_isa);
   m.def("_scratch_bytes() -> int", &flashmla::scratch_bytes);
 
+  // Bytes of one token in a packed format, for the C++ interface; Python has formats.row_bytes.
+  m.def("_row_bytes(str kv_cache_dtype, int latent_dim, int rope_dim) -> int",
+        &flashmla::row_bytes);
+
   // For the benchmark: the kernels' compiler; the arithmetic (f32, bf16, int16, int8) that computes
   // a format; the flop of its dot products on registers alone, on all threads.
   m.def("_compiler() -> str", &flashmla::compiler);

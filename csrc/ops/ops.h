@@ -53,6 +53,7 @@ void set_isa(std::string_view name);
 // How it computes and how fast it could (isa.cpp).
 std::string compiler();
 std::string arithmetic(std::string_view kv_cache_dtype, at::ScalarType q);
+int64_t row_bytes(std::string_view kv_cache_dtype, int64_t latent_dim, int64_t rope_dim);
 double roof(std::string_view arithmetic, int64_t iterations);
 std::tuple<Tensor, Tensor> allocate(const Tensor& q, int64_t head_dim_v);
 

@@ -109,6 +109,11 @@ def mla_attention_forward(
         )
     if dropout > 0.0 or wants_weights or has_active_dropout(module.kv_b_proj):
         cached = cache_layer_of(key)
+        if cached is not None and cached.causal_by_length:
+            raise NotImplementedError(
+                "a DecoderStep has neither dropout nor attention weights: call eval() on it, and "
+                "leave output_attentions of the model's config off"
+            )
         if cached is not None:
             key, value = cached.gather(key.shape[2], query.dtype)
         key, value = type(module).expand_kv(module, key, value)
@@ -141,6 +146,7 @@ def _mla_attention(
     if cached is not None:
         kv_cache, k_pe_cache, kv_cache_dtype = cached.kv_cache(), None, cached.kv_cache_dtype
         block_table, cache_seqlens = cached.block_table(), cached.cache_seqlens()
+        mask = None if cached.causal_by_length else mask
     else:
         if mask is None and q_length > 1:
             # No mask: the queries are the first tokens, even if a static cache returns more keys.

@@ -17,13 +17,14 @@ prompt on disk (``cache.py`` stores the pages, this file the other layers and wh
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import GenerationMixin, PreTrainedConfig
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -40,12 +41,70 @@ from torch_flash_mla import _cache_file, ops
 from torch_flash_mla.cache import PagedLatentCache
 from torch_flash_mla.integrations._fingerprint import decoder_config, difference, fingerprint
 
+# Models and generate() call the cache past_key_values up to 5.23 and cache since.
+CACHE_ARGUMENT = (
+    "cache"
+    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    else "past_key_values"
+)
+
 _CARRIER = "_mla_cache_layer"
 _OF_PAGES = {"pages", "index", "keys", "values", "_nan"}  # attributes that no file holds
 
 
-def cache_layer_of(key: Tensor) -> LatentPages | None:
-    """The cache layer behind a carrier, None for an ordinary tensor."""
+class Pages:
+    """What the attention function reads of one layer's pages."""
+
+    # Whether each sequence ends at its own length and sees its own tokens only: masks that
+    # transformers makes for a batch of one width do not apply.
+    causal_by_length = False
+
+    @property
+    def kv_cache_dtype(self) -> str:
+        raise NotImplementedError
+
+    def dims(self) -> tuple[int, int]:
+        """L and R."""
+        raise NotImplementedError
+
+    def kv_cache(self) -> Tensor:
+        """``[num_blocks, block_size, L + R]``, or uint8 ``[num_blocks, block_size, row bytes]``."""
+        raise NotImplementedError
+
+    def block_table(self) -> Tensor:
+        """int32 ``[B, max_blocks]``."""
+        raise NotImplementedError
+
+    def cache_seqlens(self) -> Tensor:
+        """int32 ``[B]``, including the tokens of the present step."""
+        raise NotImplementedError
+
+    def gather(self, max_seqlen: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The cached rows as [B, 1, S, L] and [B, 1, S, R], zero beyond each length."""
+        latent, rope = self.dims()
+        rows = ops.gather_cache(
+            self.kv_cache(),
+            self.block_table(),
+            self.cache_seqlens(),
+            latent,
+            latent + rope,
+            dtype,
+            self.kv_cache_dtype,
+            max_seqlen,
+        )
+        kv_c, k_pe = rows.unsqueeze(1).split([latent, rope], dim=-1)
+        return kv_c, k_pe
+
+    def carriers(self, nan: Tensor, batch: int, length: int) -> tuple[Tensor, Tensor]:
+        """[B, 1, S, L], from which :func:`cache_layer_of` comes back here, and [B, 1, S, R]."""
+        latent, rope = self.dims()
+        carrier = nan.expand(batch, 1, length, latent)
+        setattr(carrier, _CARRIER, self)
+        return carrier, nan.expand(batch, 1, length, rope)
+
+
+def cache_layer_of(key: Tensor) -> Pages | None:
+    """The pages behind a carrier, None for an ordinary tensor."""
     return getattr(key, _CARRIER, None)
 
 
@@ -85,7 +144,7 @@ class _SharedPages:
         return self.paged
 
 
-class LatentPages(CacheLayerMixin):
+class LatentPages(Pages, CacheLayerMixin):
     """One MLA layer of an :class:`MLACache`. Mixed into the layer classes of transformers below."""
 
     is_sliding = False
@@ -108,33 +167,17 @@ class LatentPages(CacheLayerMixin):
     def kv_cache_dtype(self) -> str:
         return self.pages.kv_cache_dtype
 
+    def dims(self) -> tuple[int, int]:
+        return self._paged.latent_dims[self.index], self._paged.rope_dims[self.index]
+
     def kv_cache(self) -> Tensor:
-        """``[num_blocks, block_size, L + R]``, or uint8 ``[num_blocks, block_size, row bytes]``."""
         return self._paged.kv_cache(self.index)
 
     def block_table(self) -> Tensor:
-        """int32 ``[B, max_blocks]``."""
         return self._paged.block_table[: self._paged.batch]
 
     def cache_seqlens(self) -> Tensor:
-        """int32 ``[B]``, including the tokens of the present step."""
         return self._paged.cache_seqlens[: self._paged.batch]
-
-    def gather(self, max_seqlen: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The cached rows as [B, 1, S, L] and [B, 1, S, R], zero beyond each length."""
-        latent, rope = self._paged.latent_dims[self.index], self._paged.rope_dims[self.index]
-        rows = ops.gather_cache(
-            self.kv_cache(),
-            self.block_table(),
-            self.cache_seqlens(),
-            latent,
-            latent + rope,
-            dtype,
-            self.kv_cache_dtype,
-            max_seqlen,
-        )
-        kv_c, k_pe = rows.unsqueeze(1).split([latent, rope], dim=-1)
-        return kv_c, k_pe
 
     # What transformers calls
 
@@ -183,15 +226,12 @@ class LatentPages(CacheLayerMixin):
         )
         self.keys, self.values = self._carriers()
         # Not self.keys itself: a cycle would keep the pages until the garbage collector comes.
-        carrier, values = self._carriers()
-        setattr(carrier, _CARRIER, self)
-        return carrier, values
+        return self.carriers(self._nan, paged.batch, self._carrier_length())
 
     def _carriers(self) -> tuple[Tensor, Tensor]:
         """NaN tensors with the shapes of what is stored."""
-        paged = self._paged
-        shape = paged.batch, 1, self._carrier_length()
-        latent, rope = paged.latent_dims[self.index], paged.rope_dims[self.index]
+        shape = self._paged.batch, 1, self._carrier_length()
+        latent, rope = self.dims()
         return self._nan.expand(*shape, latent), self._nan.expand(*shape, rope)
 
     def reset(self) -> None:

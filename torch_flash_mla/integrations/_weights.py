@@ -14,6 +14,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+# Types of a weight that is nothing but its values; torch.export traces with the last two.
+_PLAIN_TYPES = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 
 
 class _Entry(NamedTuple):
@@ -53,7 +58,7 @@ def _plain_weight(proj: Any) -> Tensor | None:
     if proj._forward_hooks or proj._forward_pre_hooks or hasattr(proj, "_hf_hook"):
         return None
     weight = proj.weight
-    plain = type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
+    plain = type(weight) in _PLAIN_TYPES and weight.is_floating_point()
     return weight if plain and weight.itemsize > 1 and not weight.is_meta else None
 
 

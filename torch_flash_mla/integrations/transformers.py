@@ -20,7 +20,6 @@ Setting ``TORCH_FLASH_MLA_DISABLE=1`` turns ``patch`` into a report that changes
 from __future__ import annotations
 
 import copy
-import inspect
 import os
 import weakref
 from collections.abc import Iterator
@@ -43,7 +42,7 @@ if _VERSION < _OLDEST:
         f"{transformers.__version__}: earlier releases cache expanded keys, not the latent"
     )
 
-from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin  # noqa: E402
+from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
 from transformers.masking_utils import sdpa_mask  # noqa: E402
 
 from torch_flash_mla.formats import PACKED_FORMATS, row_bytes  # noqa: E402
@@ -56,22 +55,16 @@ from torch_flash_mla.integrations._attention import (  # noqa: E402
     passthrough,
     patch_state,
 )
-from torch_flash_mla.integrations._mla_cache import MLACache  # noqa: E402
+from torch_flash_mla.integrations._decoder_step import DecoderStep  # noqa: E402
+from torch_flash_mla.integrations._mla_cache import CACHE_ARGUMENT, MLACache  # noqa: E402
 
-__all__ = ["LayerReport", "MLACache", "PatchReport", "patch", "patched", "unpatch"]
+__all__ = ["DecoderStep", "LayerReport", "MLACache", "PatchReport", "patch", "patched", "unpatch"]
 
 # from_pretrained(..., attn_implementation="mla_cpu") works from here on.
 AttentionInterface.register(ATTENTION_NAME, mla_attention_forward)
 AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 PATCHED, STOCK, FAILED = "patched", "stock", "not patched"
-
-# generate() calls the cache past_key_values up to 5.23 and cache since.
-_CACHE_ARGUMENT = (
-    "cache"
-    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-    else "past_key_values"
-)
 
 
 @dataclass(frozen=True)
@@ -144,7 +137,7 @@ class _CacheForGeneration:
     ) -> Any:
         model = self.model
         stock = type(model)._prepare_cache_for_generation
-        cache = model_kwargs.get(_CACHE_ARGUMENT)
+        cache = model_kwargs.get(CACHE_ARGUMENT)
         copies = max(generation_config.num_beams, generation_config.num_return_sequences)
         mask = _whole_mask(generation_config, model_kwargs, batch_size * copies)
         if isinstance(cache, MLACache) and mask is not None:
@@ -162,7 +155,7 @@ class _CacheForGeneration:
         cache = MLACache(model.config, self.kv_cache_dtype, layers=layers)
         if mask is not None and not model.training:  # dropout may make the copies differ
             cache.share_prompt(copies, mask.shape[1])
-        model_kwargs[_CACHE_ARGUMENT] = cache
+        model_kwargs[CACHE_ARGUMENT] = cache
         if generation_config.is_assistant:
             cache.activate_past_recording()
         return None

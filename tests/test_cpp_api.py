@@ -1,0 +1,204 @@
+"""From C++: find_package(torch_flash_mla), the header, and the programs of examples/cpp, which must
+print what Python computes.
+
+Adds about a minute and a half to `make test SLOW=1` on two cores: half a minute of compiling, the
+rest is the fixture `exported` if test_export.py has not filled it yet. The fast tests take 10
+seconds, for CMake's compiler checks.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from cpp_examples import attention_demo, decode, numbers
+from programs import ROOT, load_program, run
+from torch import Tensor
+
+import torch_flash_mla
+from torch_flash_mla import formats, ops
+
+PACKAGE = Path(torch_flash_mla.__file__).parent
+PREFIX = f"{torch.utils.cmake_prefix_path};{torch_flash_mla.cmake_prefix_path}"
+
+export = load_program("examples/cpp/export.py")
+
+
+# find_package
+
+
+def configure(folder: Path, prefix: str, version: str = "", fails: bool = False) -> str:
+    """Output of CMake for a project that only looks for the package."""
+    (folder / "CMakeLists.txt").write_text(f"""
+cmake_minimum_required(VERSION 3.18)
+project(looks LANGUAGES CXX)
+find_package(torch_flash_mla {version} REQUIRED)
+message(STATUS "found ${{torch_flash_mla_VERSION}} ${{torch_flash_mla_INCLUDE_DIRS}}")
+""")
+    shutil.rmtree(folder / "build", ignore_errors=True)
+    return run(
+        *("cmake", "-S", folder, "-B", folder / "build", "-G", "Ninja"),
+        f"-DCMAKE_PREFIX_PATH={prefix}",
+        fails=fails,
+    )
+
+
+def test_find_package(tmp_path: Path) -> None:
+    output = configure(tmp_path, PREFIX, "0.1")
+    assert f"found {torch_flash_mla.__version__} {PACKAGE}/include" in output
+    assert (PACKAGE / "include" / "torch_flash_mla" / "ops.h").exists()
+
+
+@pytest.mark.parametrize(
+    ("version", "replaced", "message"),
+    [
+        ("9.9", {}, r'compatible with requested version\s+"9.9"'),
+        ("", {"_C.so": None}, "_C.so is missing"),
+        (
+            "",
+            {"__init__.py": 'SUPPORTED_TORCH = "1.0"\n'},
+            r"is built for torch 1\.0\.\*, but torch",
+        ),
+    ],
+    ids=["version", "library", "torch"],
+)
+def test_find_package_says_what_is_wrong(
+    version: str, replaced: dict[str, str | None], message: str, tmp_path: Path
+) -> None:
+    """In a copy of the package, spoiled."""
+    copied = tmp_path / "torch_flash_mla"
+    shutil.copytree(PACKAGE / "share", copied / "share")
+    for name in ("__init__.py", "_C.so"):
+        content = replaced.get(name, "as it is")
+        if content == "as it is":
+            (copied / name).symlink_to(PACKAGE / name)
+        elif content is not None:
+            text = (PACKAGE / name).read_text()
+            (copied / name).write_text(re.sub(r"(?m)^SUPPORTED_TORCH = .*\n", content, text))
+    prefix = f"{torch.utils.cmake_prefix_path};{copied}/share/cmake"
+    output = " ".join(configure(tmp_path, prefix, version, fails=True).split())
+    assert re.search(message, output), output
+
+
+# The programs
+
+
+@pytest.fixture(scope="module", params=["", "-Wl,--as-needed"], ids=["plain", "as-needed"])
+def programs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the built programs; the second time with a linker that drops what no symbol
+    refers to."""
+    folder = tmp_path_factory.getbasetemp() / "cpp_examples"
+    run(
+        *("cmake", "-S", ROOT / "examples" / "cpp", "-B", folder, "-G", "Ninja"),
+        f"-DCMAKE_PREFIX_PATH={PREFIX}",
+        f"-DCMAKE_EXE_LINKER_FLAGS={request.param}",
+        "-DCMAKE_CXX_FLAGS=-Werror",
+    )
+    run("cmake", "--build", folder, "--parallel", os.environ.get("MAX_JOBS", "2"))
+    return folder
+
+
+def values(text: str) -> Tensor:
+    return torch.tensor([float(word) for word in text.split()])
+
+
+@pytest.mark.slow
+def test_operators(programs: Path) -> None:
+    output = run(programs / "operators")
+    printed = dict(re.findall(r"^([\w ]+): (.*)$", output, re.MULTILINE))
+    assert printed["instruction set"] == torch_flash_mla.cpu_isa()
+
+    heads, latent, nope, value = 4, 64, 16, 24
+    kv_cache = torch.empty(6, 16, torch.ops.flashmla._row_bytes("q8_kv", 64, 32), dtype=torch.uint8)
+    table = torch.tensor([[0, 3, 5], [4, 1, 2]], dtype=torch.int32)
+    lengths = torch.tensor([20, 20], dtype=torch.int32)
+    positions = torch.arange(20)
+    slots = table.long()[:, positions // 16] * 16 + positions % 16
+    tokens = numbers(0, 2, 20, latent), numbers(7, 2, 20, 32)
+    ops.concat_and_cache_mla(*tokens, kv_cache, slots, "q8_kv")
+    weight = numbers(3, heads, nope + value, latent)
+    q_nope, q_pe = numbers(11, 2, 1, heads, nope), numbers(13, 2, 1, heads, 32)
+    query = torch.cat([torch.einsum("bshp,hpl->bshl", q_nope, weight[:, :nope]), q_pe], dim=-1)
+    tail = (kv_cache, table, lengths)
+    scale = (nope + 32) ** -0.5
+    latent_out, lse = ops.mla_attention(query, *tail, latent, scale, kv_cache_dtype="q8_kv")
+    out, _ = ops.mla_attention_kv_b(
+        q_nope, *tail, weight, value, scale, q_pe=q_pe, kv_cache_dtype="q8_kv"
+    )
+    for name, expected in (("latent out", latent_out), ("lse", lse), ("out", out)):
+        torch.testing.assert_close(
+            values(printed[name]), expected.flatten()[:6], rtol=1e-4, atol=1e-4
+        )
+    for name in ("by hand", "merged", "merged lse"):
+        assert re.search(rf"^{name}: relative difference \d\.\de-", output, re.MULTILINE)
+    ops.copy_blocks(kv_cache, table[:, 0].long().unsqueeze(0))
+    for name in torch_flash_mla.available_isas():
+        with torch_flash_mla.force_isa(name):
+            expected, _ = ops.mla_attention(
+                query, *tail, latent, scale, causal=True, kv_cache_dtype="q8_kv"
+            )
+        torch.testing.assert_close(
+            values(printed[name]), expected.flatten()[:6], rtol=1e-4, atol=1e-4
+        )
+    assert printed["as expected"].startswith("kv_cache: rows of 104, expected 72")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("program", "file"), [("script_module", "attention.pt"), ("package", "attention.pt2")]
+)
+def test_saved_layers(programs: Path, exported: Path, program: str, file: str) -> None:
+    output = run(programs / program, exported / file)
+    rows = [values(line.split(":")[1]) for line in output.splitlines()]
+    expected = attention_demo(export.attention_layer())
+    # A package computes norms in another order than eager mode: an 8-bit code may round otherwise.
+    assert (torch.stack(rows) - expected).abs().max() <= 5e-3 * expected.abs().max()
+
+
+@pytest.mark.slow
+def test_decode_prints_the_tokens_of_python(programs: Path, exported: Path) -> None:
+    """Those of the same package run by Python, and of the model itself in eager mode."""
+    text, tokens = run(programs / "decode", exported / "tiny_model.pt2", "def read(", "48").split(
+        "\ntokens: "
+    )
+    tokens = [int(word) for word in tokens.split()]
+    assert tokens[:9] == list(b"def read(")
+    assert len(tokens) == 9 + 48
+    package = torch._inductor.aoti_load_package(str(exported / "tiny_model.pt2"))
+    assert tokens == decode(package, b"def read(", 48)
+    assert tokens == decode(export.decoder_step(), b"def read(", 48)
+    tokenizer = load_program("examples/tiny_model/tokenizer.py")
+    assert text == tokenizer.decode(tokens)
+
+
+@pytest.mark.slow
+def test_a_program_without_the_library_is_told_so(programs: Path, tmp_path: Path) -> None:
+    (compiled,) = (programs / "CMakeFiles" / "operators.dir").glob("*.o")
+    libraries = Path(torch.__file__).parent / "lib"
+    run(
+        *os.environ.get("CXX", "c++").split(),
+        *(compiled, "-o", tmp_path / "alone", f"-L{libraries}", f"-Wl,-rpath,{libraries}"),
+        *("-ltorch_cpu", "-lc10"),
+    )
+    output = run(tmp_path / "alone", fails=True)
+    assert "flashmla::_isa is not registered: torch_flash_mla/_C.so is not loaded" in output
+
+
+def test_row_bytes_are_those_of_python() -> None:
+    """row_bytes of the header is this operator; Python computes its own."""
+    for name in formats.PACKED_FORMATS:
+        for latent, rope in ((512, 64), (256, 32), (64, 0)):
+            expected = formats.row_bytes(name, latent, rope)
+            assert torch.ops.flashmla._row_bytes(name, latent, rope) == expected
+    for arguments, message in (
+        (("float32", 64, 32), 'kv_cache_dtype: "float32", expected a packed format'),
+        (("q8", 64, 32), 'kv_cache_dtype: "q8", expected a packed format'),
+        (("q4_kv", 64, 33), "packs multiples of 32 values, but latent_dim is 64 and rope_dim 33"),
+        (("q8_0", 0, 32), "latent_dim: 0, expected 1 to"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            torch.ops.flashmla._row_bytes(*arguments)

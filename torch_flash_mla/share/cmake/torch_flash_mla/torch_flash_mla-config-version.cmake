@@ -1,0 +1,10 @@
+# The version is __version__ of the Python package. Before 1.0, a minor release may change the interface.
+file(STRINGS "${CMAKE_CURRENT_LIST_DIR}/../../../__init__.py" PACKAGE_VERSION REGEX "^__version__ = ")
+string(REGEX REPLACE "^__version__ = \"([0-9.]*).*\"$" "\\1" PACKAGE_VERSION "${PACKAGE_VERSION}")
+string(REGEX MATCH "^[0-9]+\\.[0-9]+" _series "${PACKAGE_VERSION}")
+if(PACKAGE_FIND_VERSION VERSION_EQUAL PACKAGE_VERSION)
+  set(PACKAGE_VERSION_EXACT TRUE)
+endif()
+if(NOT PACKAGE_FIND_VERSION VERSION_GREATER PACKAGE_VERSION AND NOT PACKAGE_FIND_VERSION VERSION_LESS "${_series}")
+  set(PACKAGE_VERSION_COMPATIBLE TRUE)
+endif()
