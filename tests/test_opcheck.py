@@ -383,26 +383,6 @@ def step_arguments(case: Case, batch: int) -> tuple[Any, ...]:
     )
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["float32", "q8_kv"])
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compile_fullgraph_with_cache_mutation(kv_cache_dtype: str, backend: str) -> None:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    case = Case(kv_cache_dtype)
-    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
-    for batch in (2, 3, 5):
-        arguments = step_arguments(case, batch)
-        before = case.kv_cache.clone()
-        expected = step(*arguments)
-        written = case.kv_cache.clone()
-        case.kv_cache.copy_(before)
-        actual = compiled(*arguments)
-        torch.testing.assert_close(actual, expected)
-        assert torch.equal(case.kv_cache, written)
-        assert not torch.equal(before, written)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-
-
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compile_training_step(backend: str) -> None:
     torch._dynamo.reset()

@@ -7,7 +7,7 @@ import gc
 import importlib.util
 import io
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ import pytest
 import torch
 from packaging.version import Version
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -24,7 +23,7 @@ from transformers import (
     PreTrainedModel,
     StaticCache,
 )
-from transformers_cases import TINY_MODEL, mla_layers, small_model, tiny_model
+from transformers_cases import mla_layers, small_model
 from transformers_compare import prompt, watch
 
 from torch_flash_mla.integrations import _weights
@@ -524,56 +523,6 @@ class TestRefusals:
         ):
             with pytest.raises(error, match="not supported by torch_flash_mla"):
                 mla_attention_forward(layer, query, key, key[..., :32], None, **{argument: 1.0})
-
-
-def decode(
-    model: PreTrainedModel, step: Callable[..., Any], cache: MLACache, tokens: int
-) -> Tensor:
-    """Greedy decoding by hand: the prompt through ``model``, each token through ``step``."""
-    with torch.no_grad():
-        ids = prompt((9,))["input_ids"]
-        token = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
-        out = [token]
-        for _ in range(tokens):
-            token = step(input_ids=token, past_key_values=cache).logits[:, -1:].argmax(-1)
-            out.append(token)
-    return torch.cat(out, dim=1)
-
-
-class TestCompile:
-    """One graph for all steps of decoding: no graph break, no recompilation."""
-
-    def check(self, model: PreTrainedModel, backend: Any, steps: int) -> None:
-        torch._dynamo.reset()
-        compiled = torch.compile(model.forward, backend=backend, fullgraph=True)
-        width = 64 * (steps // 64 + 2)
-        expected = decode(model, model, MLACache(model.config, max_cache_len=width), steps)
-        actual = decode(model, compiled, MLACache(model.config, max_cache_len=width), steps)
-        assert torch.equal(actual, expected)
-        assert backend.frame_count == 1
-        # A second cache of the same shape uses the same graph.
-        decode(model, compiled, MLACache(model.config, max_cache_len=width), 3)
-        assert backend.frame_count == 1
-
-    def test_one_graph(self, model: PreTrainedModel) -> None:
-        self.check(model, CompileCounter(), 80)
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize("family", ["hy_v4", "minicpm3", "mistral_large4"])
-    def test_one_graph_of_other_families(self, family: str) -> None:
-        model = small_model(family)
-        patch(model)
-        self.check(model, CompileCounter(), 80)
-
-    @pytest.mark.slow
-    @pytest.mark.skipif(
-        not (TINY_MODEL / "model.safetensors").exists(),
-        reason="examples/tiny_model has no weights",
-    )
-    def test_the_trained_model_with_inductor(self) -> None:
-        model = tiny_model()
-        patch(model)
-        self.check(model, CompileCounterWithBackend("inductor"), 200)
 
 
 class TestVersions:
