@@ -105,6 +105,9 @@ def test_wheel_serves_many_pythons_and_systems(wheel: Path) -> None:
         assert int(tag[1]) <= 28
     names = zipfile.ZipFile(wheel).namelist()
     assert {"torch_flash_mla/_C.so", "torch_flash_mla/py.typed"} <= set(names)
+    cmake = "torch_flash_mla/share/cmake/torch_flash_mla/torch_flash_mla-config"
+    assert {f"{cmake}.cmake", f"{cmake}-version.cmake"} <= set(names)
+    assert "torch_flash_mla/include/torch_flash_mla/ops.h" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert [name for name in names if ".so" in name] == ["torch_flash_mla/_C.so"]
     assert not any(name.startswith(("tests/", "examples/", "csrc/")) for name in names)
