@@ -327,7 +327,9 @@ def test_a_report_is_a_value() -> None:
 def test_public_functions_pickle() -> None:
     for name in torch_flash_mla.__all__:
         thing = getattr(torch_flash_mla, name)
-        assert all(twin is thing for twin in copies(thing)), name
+        # A text is copied, functions and classes come back by their name.
+        same = all(twin == thing for twin in copies(thing))
+        assert same and (isinstance(thing, str) or all(t is thing for t in copies(thing))), name
     meta, _ = torch_flash_mla.get_mla_metadata()
     assert all(type(twin) is type(meta) for twin in copies(meta))
 
