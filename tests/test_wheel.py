@@ -165,7 +165,7 @@ def test_installed_and_used(python: Run, wheel: Path, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("used ")
 
-    for name in ("conftest.py", "mla_cases.py", "test_flash_mla_interface.py"):
+    for name in ("conftest.py", "programs.py", "mla_cases.py", "test_flash_mla_interface.py"):
         shutil.copy(ROOT / "tests" / name, tmp_path)
     tests = python("-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path))
     assert tests.returncode == 0, tests.stdout + tests.stderr
