@@ -31,12 +31,16 @@ ARITHMETIC = {
     **{("avx2_vnni_evex", name): "INT8" for name in PACKED_FORMATS},
     **{("avx512_vnni", name): "INT8" for name in PACKED_FORMATS},
     **{("avx512_bf16", name): "INT8" for name in PACKED_FORMATS},
+    **{("onednn", name): "INT8" for name in PACKED_FORMATS},
     ("avx2_vnni", "q8_0"): "INT16",
     ("avx2_vnni_evex", "q8_0"): "INT16",
     ("avx512_vnni", "q8_0"): "INT16",
     ("avx512_bf16", "q8_0"): "INT16",
+    ("onednn", "q8_0"): "INT16",
 }
-WITH_BF16_QUERIES = {("avx512_bf16", "bf16"): "BF16", ("avx512_bf16", "q8_0"): "BF16"}
+WITH_BF16_QUERIES = {
+    (isa, name): "BF16" for isa in ("avx512_bf16", "onednn") for name in ("bf16", "q8_0")
+}
 
 # The bounds. Errors are relative RMS: ||out - expected|| / ||expected||, for each sequence.
 #

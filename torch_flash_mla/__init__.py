@@ -70,6 +70,7 @@ from torch_flash_mla.ops import (  # noqa: E402
 )
 
 if TYPE_CHECKING:
+    from torch_flash_mla._warmup import warmup
     from torch_flash_mla.cache import PagedLatentCache
     from torch_flash_mla.flash_mla_interface import (
         flash_mla_sparse_fwd,
@@ -116,6 +117,7 @@ _LAZY = {
     "patch": "torch_flash_mla.integrations.transformers",
     "patched": "torch_flash_mla.integrations.transformers",
     "unpatch": "torch_flash_mla.integrations.transformers",
+    "warmup": "torch_flash_mla._warmup",
 }
 
 
@@ -148,4 +150,5 @@ __all__ = [
     "patch",
     "patched",
     "unpatch",
+    "warmup",
 ]

@@ -315,9 +315,10 @@ def mla_attention_backward(
 
 
 def cpu_isa() -> str:
-    """The instruction set in use: scalar, avx2, avx2_vnni, avx512_vnni, avx512_bf16.
+    """The instruction set in use: scalar, avx2, avx2_vnni, avx512_vnni, avx512_bf16, onednn.
 
-    Or, if forced, avx2_vnni_evex: avx2_vnni for tests on CPUs with AVX-512.
+    Or, if forced, avx2_vnni_evex: avx2_vnni for tests on CPUs with AVX-512. onednn, the products of
+    the oneDNN inside torch, is chosen by itself where there is AMX.
     """
     return torch.ops.flashmla._isa()
 
@@ -339,6 +340,31 @@ def set_isa(name: str) -> None:
 def scratch_bytes() -> int:
     """Bytes of scratch memory that all threads hold for the kernels at this moment."""
     return torch.ops.flashmla._scratch_bytes()
+
+
+def onednn_stats() -> tuple[int, int, float]:
+    """What the level ``onednn`` did in this process, on all threads.
+
+    Returns:
+        Matrix products made; shapes compiled, which each thread does for itself; seconds that
+        those first products took.
+    """
+    return torch.ops.flashmla._onednn_stats()
+
+
+def set_onednn_least_rows(rows: int) -> int:
+    """Leaves blocks of fewer query rows to the kernels of avx512_bf16, on the level ``onednn``.
+
+    A block is up to 128 query rows of one sequence (query tokens times heads). For measurements
+    and tests.
+
+    Returns:
+        The value before.
+
+    Raises:
+        ValueError: ``rows`` is less than 1.
+    """
+    return torch.ops.flashmla._set_onednn_least_rows(rows)
 
 
 def kernel_compiler() -> str:

@@ -9,6 +9,7 @@
 
 #include "kernels/accumulate.h"
 #include "kernels/mask.h"
+#include "kernels/matrix_engine.h"
 #include "kernels/params.h"
 #include "kernels/plan.h"
 #include "kernels/query.h"
@@ -89,17 +90,39 @@ inline int32_t list_positions(const AttentionParams& p, const WorkItem& item, in
   return count;
 }
 
+// Who multiplies: the vector instructions of the level itself (score.h, accumulate.h). The other
+// choice is LentProducts (lent_products.h).
 template <class Simd, class Arithmetic>
+class OwnProducts {
+ public:
+  static constexpr bool kLent = false;
+  static constexpr bool kQuads = flashmla::kQuads<Simd, Arithmetic>;  // how queries are packed
+  static constexpr int32_t kTokens = kPage;  // that are neighbours in a tile read in place
+
+  explicit OwnProducts(const MatrixEngine*) {}
+
+  void score(const Tile& tile, int vectors, const Scratch& s) const {
+    flashmla::score<Simd, Arithmetic>(tile, vectors, s);
+  }
+  void accumulate(const Tile& tile, int32_t used, int32_t rows, int32_t width,
+                  const Scratch& s) const {
+    flashmla::accumulate<Simd, Arithmetic>(tile, used, rows, width, s);
+  }
+};
+
+template <class Simd, class Arithmetic, class Products>
 void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, StageRow stage,
-            bool native, int32_t key_max, float* partials, std::byte* memory) {
+            bool native, int32_t key_max, const MatrixEngine* engine, float* partials,
+            std::byte* memory) {
+  const Products products(engine);
   const RowLayout layout = row_layout<Simd, Arithmetic>(p.cache);
   Scratch s;
-  lay_out<Simd, Arithmetic>(layout, shape, memory, s);
+  lay_out<Simd, Arithmetic, Products::kLent>(layout, shape, memory, s);
   const int32_t used = item.row_end - item.row_begin;
   const int32_t rows = round_up(used, Simd::kLanes), vectors = rows / Simd::kLanes;
 
   const float scale = __builtin_fabsf(p.softmax_scale) * kLog2e;
-  pack_queries<Simd, Arithmetic>(p, item, layout, vectors, scale, key_max, s);
+  pack_queries<Simd, Arithmetic, Products::kQuads>(p, item, layout, vectors, scale, key_max, s);
   const bool holes = find_ranges(p, item, rows, s);
   int32_t begin = s.first[0], end = s.limit[0], all_begin = begin,
           all_end = end;  // keys any / every row sees
@@ -117,10 +140,11 @@ void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, St
   __builtin_memset(s.output, 0, static_cast<size_t>(rows) * static_cast<size_t>(layout.value) * 4);
 
   const bool packed = Arithmetic::kScaled;
-  const bool direct =
-      native && suits_direct<Simd, Arithmetic>(p.cache, item.sequence, layout, rows);
+  const bool direct = native && suits_direct<Simd, Arithmetic>(p.cache, item.sequence, layout,
+                                                               Products::kTokens, rows);
   const int64_t row_scale = packed ? layout.latent + layout.rope : 0;
-  const Tiles tiles(p.cache, item.sequence, layout, stage, direct, row_scale, s.staged);
+  const Tiles tiles(p.cache, item.sequence, layout, stage, direct, Products::kTokens, row_scale,
+                    s.staged);
   for (int32_t at = begin; at < end;) {
     // Tiles end at multiples of the tile length, so that their pages of 16 tokens are whole but for
     // the first and the last.
@@ -134,10 +158,10 @@ void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, St
       for (int32_t t = 0; !p.indices && t < count; ++t) s.positions[t] = at + t;
       fill_bias(p, item, count, tile.tokens, rows, s);
     }
-    score<Simd, Arithmetic>(tile, vectors, s);
+    products.score(tile, vectors, s);
     soften<Simd, Arithmetic>(tile, Arithmetic::kScaled ? 1.0f : scale, edge,
                              holes ? s.bias : nullptr, vectors, s);
-    accumulate<Simd, Arithmetic>(tile, used, rows, layout.value, s);
+    products.accumulate(tile, used, rows, layout.value, s);
     at = next;
   }
   finish<Simd, Arithmetic>(p, shape, item, layout, s, partials);

@@ -17,6 +17,7 @@ extern const KernelTable kernels_avx2_vnni;
 extern const KernelTable kernels_avx2_vnni_evex;
 extern const KernelTable kernels_avx512_vnni;
 extern const KernelTable kernels_avx512_bf16;
+extern const KernelTable kernels_onednn;
 #endif
 
 namespace {
@@ -25,6 +26,7 @@ struct LevelEntry {
   const char* name;
   const KernelTable* table;
   bool (*available)();
+  bool (*preferred)() = available;  // chosen by itself where it is available
 };
 
 #if defined(__x86_64__)
@@ -43,6 +45,12 @@ bool has_avx512_vnni() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 }
 bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
+
+// The matrix engine of the level onednn (offer_matrix_engine).
+bool (*engine_available)() = [] { return false; };
+bool (*engine_preferred)() = [] { return false; };
+bool has_onednn() { return has_avx512_bf16() && engine_available(); }
+bool prefers_onednn() { return has_avx512_bf16() && engine_preferred() && engine_available(); }
 #endif
 
 // Lowest first.
@@ -54,6 +62,7 @@ constexpr LevelEntry kLevels[] = {
     {"avx2_vnni_evex", &kernels_avx2_vnni_evex, has_avx2_vnni_evex},  // tests avx2_vnni
     {"avx512_vnni", &kernels_avx512_vnni, has_avx512_vnni},
     {"avx512_bf16", &kernels_avx512_bf16, has_avx512_bf16},
+    {"onednn", &kernels_onednn, has_onednn, prefers_onednn},
 #endif
 };
 constexpr int kCount = sizeof(kLevels) / sizeof(kLevels[0]);
@@ -67,7 +76,7 @@ const LevelEntry* find(const char* name) {
 
 const KernelTable* best() {
   for (int i = kCount - 1; i > 0; --i) {
-    if (kLevels[i].available()) return kLevels[i].table;
+    if (kLevels[i].preferred()) return kLevels[i].table;
   }
   return kLevels[0].table;
 }
@@ -124,6 +133,15 @@ bool force_isa(const char* name) {
   if (!isa_available(name)) return false;
   state().table = find(name)->table;
   return true;
+}
+
+void offer_matrix_engine(bool (*available)(), bool (*preferred)()) {
+#if defined(__x86_64__)
+  engine_available = available;
+  engine_preferred = preferred;
+#else
+  (void)available, (void)preferred;
+#endif
 }
 
 const char* isa_environment_error() { return state().environment_error; }

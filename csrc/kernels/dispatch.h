@@ -4,7 +4,8 @@
 
 namespace flashmla {
 
-// Name of the level in use: scalar, avx2, avx2_vnni, avx2_vnni_evex, avx512_vnni, avx512_bf16.
+// Name of the level in use: scalar, avx2, avx2_vnni, avx2_vnni_evex, avx512_vnni, avx512_bf16,
+// onednn.
 const char* isa_name();
 
 // Levels compiled in, lowest first; null terminated.
@@ -20,6 +21,10 @@ bool force_isa(const char* name);
 // True when FLASHMLA_ISA was set at load to something unknown or unavailable (the ops raise on the
 // first call).
 const char* isa_environment_error();
+
+// Makes the level `onednn` known, for callers whose Executor has a matrix engine: whether the
+// engine works here, and whether the level is to be chosen by itself then. Before the first choice.
+void offer_matrix_engine(bool (*available)(), bool (*preferred)());
 
 // Name and version of the compiler that built the kernels.
 const char* kernel_compiler();

@@ -66,7 +66,8 @@ void attention(const AttentionParams& p, Plan& plan, const Executor& executor) {
     const auto end = static_cast<size_t>(plan.worker_begin[static_cast<size_t>(w) + 1]);
     if (begin == end) return;
     std::byte* scratch = executor.scratch(0, scratch_bytes);
-    for (size_t i = begin; i < end; ++i) table.attend(p, shape, plan.items[i], partials, scratch);
+    for (size_t i = begin; i < end; ++i)
+      table.attend(p, shape, plan.items[i], executor.engine, partials, scratch);
   });
   run(executor, static_cast<int64_t>(plan.merges.size()),
       [&](int64_t i) { table.merge(p, shape, plan.merges[static_cast<size_t>(i)], partials); });

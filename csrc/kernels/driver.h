@@ -4,12 +4,13 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/matrix_engine.h"
 #include "kernels/params.h"
 #include "kernels/plan.h"
 
 namespace flashmla {
 
-// Threads and memory, lent by the caller.
+// Threads, memory and matrix products, lent by the caller.
 struct Executor {
   int32_t workers;  // threads that parallel_for can use at once
   // Calls body(i, context) once for each i in [0, count), on any thread.
@@ -17,6 +18,7 @@ struct Executor {
   // At least `bytes` bytes, 64-byte aligned, private to the calling thread, kept and reused between
   // calls. `slot` tells apart the two buffers a thread can hold at once.
   std::byte* (*scratch)(int slot, size_t bytes);
+  const MatrixEngine* engine = nullptr;  // or null: levels that would use one do without
 };
 
 void attention(const AttentionParams& params, Plan& plan, const Executor& executor);

@@ -18,7 +18,8 @@ struct Pipeline {
   RowLayout (*row_layout)(const CacheView& cache);
   size_t (*lay_out)(const RowLayout& layout, BlockShape shape, std::byte* base, Scratch& s);
   void (*attend)(const AttentionParams& p, BlockShape shape, const WorkItem& item, StageRow stage,
-                 bool native, int32_t key_max, float* partials, std::byte* memory);
+                 bool native, int32_t key_max, const MatrixEngine* engine, float* partials,
+                 std::byte* memory);
   StageRow stage;
   bool native;
   int32_t key_max;  // largest code of staged keys (scaled arithmetics)
@@ -45,12 +46,17 @@ constexpr int32_t key_max() {
   }
 }
 
-template <class Simd, class Arithmetic, class Format>
+template <class Simd, class Arithmetic, class Format,
+          class Products = OwnProducts<Simd, Arithmetic>>
 constexpr Pipeline pipeline(ArithmeticId id, const char* name) {
-  return {block_shape<Simd, Arithmetic>,       row_layout<Simd, Arithmetic>,
-          lay_out<Simd, Arithmetic>,           attend<Simd, Arithmetic>,
-          stage_row<Simd, Arithmetic, Format>, Format::kNative == id,
-          key_max<Arithmetic, Format>(),       name};
+  return {block_shape<Simd, Arithmetic>,
+          row_layout<Simd, Arithmetic>,
+          lay_out<Simd, Arithmetic, Products::kLent>,
+          attend<Simd, Arithmetic, Products>,
+          stage_row<Simd, Arithmetic, Format>,
+          Format::kNative == id,
+          key_max<Arithmetic, Format>(),
+          name};
 }
 
 template <class Simd, class Format, ScalarType kQuery>
@@ -99,8 +105,9 @@ struct Level {
     return flashmla::partial_floats(shape, p.cache.value);
   }
   static void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item,
-                     float* partials, std::byte* scratch) {
-    of(p).attend(p, shape, item, of(p).stage, of(p).native, of(p).key_max, partials, scratch);
+                     const MatrixEngine* engine, float* partials, std::byte* scratch) {
+    of(p).attend(p, shape, item, of(p).stage, of(p).native, of(p).key_max, engine, partials,
+                 scratch);
   }
   static const char* arithmetic(CacheFormat format, ScalarType query) {
     return pipeline_of<Simd>(format, query).arithmetic;

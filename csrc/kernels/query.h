@@ -108,7 +108,7 @@ bool packs_directly(const AttentionParams& p, const RowLayout& layout) {
 // Packs rows [item.row_begin, item.row_end), zero rows up to `vectors` whole vectors. The sign of
 // the softmax scale goes into the query, so that a larger score is a larger logit; `factor`, into
 // the scales of scaled arithmetics.
-template <class Simd, class Arithmetic>
+template <class Simd, class Arithmetic, bool kByQuads>
 void pack_queries(const AttentionParams& p, const WorkItem& item, const RowLayout& layout,
                   int vectors, float factor, int32_t key_max, Scratch& s) {
   const float sign = p.softmax_scale < 0 ? -1.0f : 1.0f;
@@ -148,7 +148,7 @@ void pack_queries(const AttentionParams& p, const WorkItem& item, const RowLayou
                                        row + layout.rope_offset, s.query_scale[1] + r,
                                        s.query_sum[1] + r);
       }
-      if constexpr (kQuads<Simd, Arithmetic>) {
+      if constexpr (kByQuads) {
         if (width == 1) {
           std::byte* to = block;
           for (int seg = 0; seg < 2; ++seg) {

@@ -10,6 +10,12 @@
 namespace flashmla {
 namespace {
 
+// How LentProducts (lent_products.h) cuts a tile: tokens of one product of scores, values of one
+// product that has sums of its own.
+constexpr int32_t kLentTokens = 64;
+constexpr int32_t kLentColumns = 256;
+constexpr int32_t kLentRows = 64;  // at most, of one product
+
 struct Scratch {
   std::byte* packed_query;  // [row vector block][words][row]: 32-bit words
   std::byte* query_rows;    // [kLanes] rows of the arithmetic, before packing
@@ -31,6 +37,10 @@ struct Scratch {
   int32_t* first;           // [rows]: keys [first, limit) are visible
   int32_t* limit;           // [rows]
   int32_t* positions;       // [tile]: cache positions of the tokens of a tile
+  // With lent products only:
+  std::byte* product;  // 32-bit sums of one or two products
+  std::byte* values;   // [tile / group][value]: 32-bit words of V
+  std::byte* weights;  // [rows][tile]: P as rows of the arithmetic
 };
 
 // Floats of one partial result: [rows][value] and [rows] log-sum-exp.
@@ -39,7 +49,7 @@ inline int64_t partial_floats(BlockShape shape, int32_t value) {
 }
 
 // Assigns the pieces from `base` on (which may be null, to measure). Returns the bytes used.
-template <class Simd, class Arithmetic>
+template <class Simd, class Arithmetic, bool kLent>
 size_t lay_out(const RowLayout& layout, BlockShape shape, std::byte* base, Scratch& s) {
   size_t used = 0;
   auto take = [&](size_t bytes) {
@@ -74,6 +84,12 @@ size_t lay_out(const RowLayout& layout, BlockShape shape, std::byte* base, Scrat
   s.first = reinterpret_cast<int32_t*>(take(rows * 4));
   s.limit = reinterpret_cast<int32_t*>(take(rows * 4));
   s.positions = reinterpret_cast<int32_t*>(take(tile * 4));
+  if constexpr (kLent) {
+    static_assert(kLentColumns >= 2 * kLentTokens);  // scores need two products of kLentTokens rows
+    s.product = take(size_t{kLentRows} * kLentColumns * 4);
+    s.values = take(tile / Arithmetic::kGroup * static_cast<size_t>(layout.value) * 4);
+    s.weights = take(rows * tile * Arithmetic::kBytes);
+  }
   return used;
 }
 

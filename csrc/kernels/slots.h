@@ -39,7 +39,7 @@ class Slots {
             cache_.v.data + block * cache_.v.block_stride + offset * cache_.v.token_stride};
   }
 
-  // Tokens [16 i, 16 i + 16) are neighbours in memory, for every i.
+  // Tokens [tokens * i, tokens * (i + 1)) are neighbours in memory, for every i.
   bool whole_pages(int32_t tokens) const { return !pages_ || cache_.block_size % tokens == 0; }
 
  private:

@@ -36,14 +36,15 @@ using StageRow = void (*)(const RowAddress& from, const RowLayout& layout, std::
 class Tiles {
  public:
   // direct: rows of the cache already are rows of the arithmetic and suit the kernels (see
-  // suits_direct).
+  // suits_direct), as long as a tile is whole runs of `page` tokens.
   Tiles(const CacheView& cache, int32_t sequence, const RowLayout& layout, StageRow stage,
-        bool direct, int64_t row_scale, std::byte* scratch)
+        bool direct, int32_t page, int64_t row_scale, std::byte* scratch)
       : cache_(cache),
         slots_(cache, sequence),
         layout_(layout),
         stage_(stage),
         direct_(direct),
+        page_(page),
         row_scale_(row_scale),
         scratch_(scratch) {}
 
@@ -56,7 +57,7 @@ class Tiles {
 
   // The tile of positions [begin, end); `next_end` bounds what may be prefetched.
   Tile operator()(int32_t begin, int32_t end, int32_t next_end) const {
-    const bool whole = begin % kPage == 0 && end % kPage == 0;
+    const bool whole = begin % page_ == 0 && end % page_ == 0;
     Tile tile = direct_ && whole ? direct_tile(begin, end)
                                  : staged_tile(begin, end, next_end, [](int32_t t) { return t; });
     find_next(tile, end, next_end);
@@ -154,6 +155,7 @@ class Tiles {
   const RowLayout& layout_;
   StageRow stage_;
   bool direct_;
+  int32_t page_;
   int64_t row_scale_;
   std::byte* scratch_;
 };
@@ -171,11 +173,12 @@ class Tiles {
   return shared <= 2 || rows < 32;
 }
 
-// Whether tiles of whole pages can be read in place: the pages are neighbours in memory, every row
-// is whole vectors and words of the arithmetic, and the strides suit the cache.
+// Whether tiles of whole pages can be read in place: the tokens of a page are neighbours in memory,
+// every row is whole vectors and words of the arithmetic, and the strides suit the cache.
 template <class Simd, class Arithmetic>
-bool suits_direct(const CacheView& cache, int32_t sequence, const RowLayout& layout, int32_t rows) {
-  return Slots(cache, sequence).whole_pages(kPage) && layout.value == layout.value_width &&
+bool suits_direct(const CacheView& cache, int32_t sequence, const RowLayout& layout, int32_t page,
+                  int32_t rows) {
+  return Slots(cache, sequence).whole_pages(page) && layout.value == layout.value_width &&
          layout.latent % Arithmetic::kGroup == 0 && layout.rope % Arithmetic::kGroup == 0 &&
          spreads(cache.kv_c.token_stride, rows) &&
          (layout.value_offset == 0 || spreads(cache.v.token_stride, rows));

@@ -6,6 +6,7 @@
 // gradients and vmap.
 #include <torch/library.h>
 
+#include "ops/onednn.h"
 #include "ops/ops.h"
 
 TORCH_LIBRARY(flashmla, m) {
@@ -67,6 +68,11 @@ TORCH_LIBRARY(flashmla, m) {
   // Bytes of one token in a packed format, for the C++ interface; Python has formats.row_bytes.
   m.def("_row_bytes(str kv_cache_dtype, int latent_dim, int rope_dim) -> int",
         &flashmla::row_bytes);
+
+  // For tests and measurements of the level onednn: products, shapes compiled and seconds compiling
+  // (of all threads); the rows from which on it makes a block's products (returns the last value).
+  m.def("_onednn_stats() -> (int products, int shapes, float seconds)", &flashmla::onednn_stats);
+  m.def("_set_onednn_least_rows(int rows) -> int", &flashmla::set_onednn_least_rows);
 
   // For the benchmark: the kernels' compiler; the arithmetic (f32, bf16, int16, int8) that computes
   // a format; the flop of its dot products on registers alone, on all threads.

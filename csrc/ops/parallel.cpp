@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <new>
 
+#include "ops/onednn.h"
 #include "ops/ops.h"
 
 namespace flashmla {
@@ -65,7 +66,8 @@ void parallel_for(int64_t count, void (*body)(int64_t i, void* context), void* c
 }  // namespace
 
 Executor torch_executor() {
-  return {at::in_parallel_region() ? 1 : at::get_num_threads(), parallel_for, thread_scratch};
+  return {at::in_parallel_region() ? 1 : at::get_num_threads(), parallel_for, thread_scratch,
+          onednn_engine()};
 }
 
 Plan& thread_plan() {

@@ -37,6 +37,7 @@ from typing import Any
 import torch
 
 import torch_flash_mla
+from torch_flash_mla import ops
 
 try:
     from rich.console import Console
@@ -165,6 +166,9 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("--heads", type=_numbers, metavar="LIST", help=f"default {command.heads}")
         if name == "threads":
             continue
+        p.add_argument("--onednn-rows", type=int, default=0, metavar="N",
+                       help="query rows of a block from which on the level onednn makes its "
+                       "products (as shipped); 1: always")  # fmt: skip
         p.add_argument("--two-tensors", action="store_true",
                        help="latent and rope part in two tensors (float formats)")  # fmt: skip
         p.add_argument("--no-baseline", action="store_true", help="leave PyTorch out")
@@ -198,6 +202,7 @@ def options_of(arguments: argparse.Namespace) -> suites.Options:
         heads=given.get("heads") or _numbers(quick[1]),
         lengths=given.get("lengths") or _numbers(quick[2]),
         queries=given.get("queries", (1,)),
+        onednn_rows=given.get("onednn_rows", 0),
         batch=given.get("batch", 1),
         topk=given.get("topk", 0),
         dims=cases.Dims(given.get("latent", 512), given.get("rope", 64)),
@@ -227,6 +232,9 @@ def _expected_rows(command: str, options: suites.Options) -> int | None:
 def measure(command: str, options: suites.Options) -> list[suites.Row]:
     """Runs a sub-command's suite under a progress bar (on stderr, so that tables can be piped)."""
     before = torch.get_num_threads()
+    onednn_rows = ops.set_onednn_least_rows(max(options.onednn_rows, 1))
+    if options.onednn_rows < 1:
+        ops.set_onednn_least_rows(onednn_rows)
     rows: list[suites.Row] = []
     columns = (TextColumn(command), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     torch.set_num_threads(options.threads)
@@ -242,6 +250,7 @@ def measure(command: str, options: suites.Options) -> list[suites.Row]:
                 progress.advance(task)
     finally:
         torch.set_num_threads(before)
+        ops.set_onednn_least_rows(onednn_rows)
     return rows
 
 

@@ -35,6 +35,7 @@ class Options:
     heads: tuple[int, ...]
     lengths: tuple[int, ...]
     queries: tuple[int, ...]
+    onednn_rows: int  # from which on the level onednn makes its products; 0: as shipped
     batch: int
     topk: int
     dims: cases.Dims

@@ -1,0 +1,84 @@
+// isa/onednn.cpp: avx512_bf16 with the products of whole tiles lent (lent_products.h). What the
+// engine does not compute (f32 and int16, small row blocks) and all else is avx512_bf16's.
+#include "kernels/lent_products.h"
+#include "kernels/level.h"
+#include "kernels/simd/avx512_bf16.h"
+
+namespace flashmla {
+
+extern const KernelTable kernels_avx512_bf16;
+extern const KernelTable kernels_onednn;
+
+namespace {
+
+const KernelTable& own() { return kernels_avx512_bf16; }
+
+// Empty where the engine does not compute the format.
+template <class Format, ScalarType kQuery>
+constexpr Pipeline lent() {
+  using Simd = Avx512Bf16;
+  constexpr ArithmeticId id = Format::template arithmetic<Simd>(kQuery);
+  if constexpr (id == ArithmeticId::kBf16) {
+    using Arithmetic = Bf16<Simd>;
+    return pipeline<Simd, Arithmetic, Format, LentProducts<Simd, Arithmetic>>(id, "bf16");
+  } else if constexpr (id == ArithmeticId::kInt8) {
+    using Arithmetic = Int8<Simd>;
+    return pipeline<Simd, Arithmetic, Format, LentProducts<Simd, Arithmetic>>(id, "int8");
+  } else {
+    return {};
+  }
+}
+
+template <class List>
+struct LentPipelines;
+template <class... Formats>
+struct LentPipelines<FormatList<Formats...>> {
+  static constexpr Pipeline kAll[][3] = {{lent<Formats, ScalarType::kF32>(),   //
+                                          lent<Formats, ScalarType::kBf16>(),  //
+                                          lent<Formats, ScalarType::kF16>()}...};
+};
+
+const Pipeline& lent_pipeline(const AttentionParams& p) {
+  return LentPipelines<CacheFormats>::kAll[static_cast<int>(p.cache.format)]
+                                          [static_cast<int>(p.q_type)];
+}
+
+size_t scratch_bytes(const AttentionParams& p, BlockShape shape) {
+  const Pipeline& pipeline = lent_pipeline(p);
+  if (pipeline.attend == nullptr) return own().scratch_bytes(p, shape);
+  Scratch unused;
+  return pipeline.lay_out(pipeline.row_layout(p.cache), shape, nullptr, unused);
+}
+
+void attend_lent(const AttentionParams& p, BlockShape shape, const WorkItem& item,
+                 const MatrixEngine* engine, float* partials, std::byte* scratch) {
+  const Pipeline& pipeline = lent_pipeline(p);
+  if (pipeline.attend == nullptr || engine == nullptr ||
+      item.row_end - item.row_begin < engine->least_rows())
+    return own().attend(p, shape, item, engine, partials, scratch);
+  pipeline.attend(p, shape, item, pipeline.stage, pipeline.native, pipeline.key_max, engine,
+                  partials, scratch);
+  engine->release();
+}
+
+}  // namespace
+
+const KernelTable kernels_onednn = {
+    "onednn",
+    [](const AttentionParams& p) { return own().block_shape(p); },
+    scratch_bytes,
+    [](const AttentionParams& p, BlockShape shape) { return own().partial_floats(p, shape); },
+    attend_lent,
+    [](const AttentionParams& p, BlockShape shape, const MergeItem& item, const float* partials) {
+      own().merge(p, shape, item, partials);
+    },
+    [](const AppendParams& p, int64_t begin, int64_t end, float* row) {
+      own().append_rows(p, begin, end, row);
+    },
+    [](const GatherParams& p, int64_t begin, int64_t end, float* row) {
+      own().gather_rows(p, begin, end, row);
+    },
+    [](CacheFormat format, ScalarType query) { return own().arithmetic(format, query); },
+    [](ArithmeticId arithmetic, int64_t iterations) { return own().spin(arithmetic, iterations); }};
+
+}  // namespace flashmla
