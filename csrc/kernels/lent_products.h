@@ -162,10 +162,11 @@ class LentProducts {
   // tile's tokens.
   void interleave_values(const Tile& tile, int32_t depth, int32_t width, const Scratch& s) const {
     std::byte* to = s.values;
+    const bool direct = tile.key[0].group[0] != s.staged;  // staging prefetches for itself
     const int64_t stride = tile.value.stride;
     for (int32_t t = 0; t < tile.tokens; t += kGroup) {
       const std::byte* from = tile.value.group[t / kPage] + t % kPage * stride;
-      for (int i = 0; i < kGroup; ++i) prefetch_next(tile, t + i);
+      for (int i = 0; direct && i < kGroup; ++i) prefetch_next(tile, t + i);
       for (int32_t d = 0; d < width; d += kLanes * kGroup) {
         Word x[kGroup];
         Arithmetic::interleave(from + d * Arithmetic::kBytes, stride, x);
