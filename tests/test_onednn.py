@@ -162,7 +162,6 @@ def test_never_chosen_without_amx():
 @pytest.mark.parametrize("limit", ["AVX2", "AVX512_CORE_VNNI"])
 def test_a_limited_onednn_does_not_offer_it(limit):
     code = "import torch_flash_mla; print(torch_flash_mla.available_isas())"
-    assert "onednn" in run_python(code)
     assert "onednn" not in run_python(code, ONEDNN_MAX_CPU_ISA=limit)
 
 
