@@ -61,24 +61,30 @@ void attend_lent(const AttentionParams& p, BlockShape shape, const WorkItem& ite
   engine->release();
 }
 
+// Functions with names: lambdas here would be weak symbols.
+BlockShape block_shape(const AttentionParams& p) { return own().block_shape(p); }
+int64_t partial_floats(const AttentionParams& p, BlockShape shape) {
+  return own().partial_floats(p, shape);
+}
+void merge_parts(const AttentionParams& p, BlockShape shape, const MergeItem& item,
+                 const float* partials) {
+  own().merge(p, shape, item, partials);
+}
+void append(const AppendParams& p, int64_t begin, int64_t end, float* row) {
+  own().append_rows(p, begin, end, row);
+}
+void gather(const GatherParams& p, int64_t begin, int64_t end, float* row) {
+  own().gather_rows(p, begin, end, row);
+}
+const char* arithmetic(CacheFormat format, ScalarType query) {
+  return own().arithmetic(format, query);
+}
+int64_t roof(ArithmeticId id, int64_t iterations) { return own().spin(id, iterations); }
+
 }  // namespace
 
-const KernelTable kernels_onednn = {
-    "onednn",
-    [](const AttentionParams& p) { return own().block_shape(p); },
-    scratch_bytes,
-    [](const AttentionParams& p, BlockShape shape) { return own().partial_floats(p, shape); },
-    attend_lent,
-    [](const AttentionParams& p, BlockShape shape, const MergeItem& item, const float* partials) {
-      own().merge(p, shape, item, partials);
-    },
-    [](const AppendParams& p, int64_t begin, int64_t end, float* row) {
-      own().append_rows(p, begin, end, row);
-    },
-    [](const GatherParams& p, int64_t begin, int64_t end, float* row) {
-      own().gather_rows(p, begin, end, row);
-    },
-    [](CacheFormat format, ScalarType query) { return own().arithmetic(format, query); },
-    [](ArithmeticId arithmetic, int64_t iterations) { return own().spin(arithmetic, iterations); }};
+const KernelTable kernels_onednn = {"onednn",    block_shape, scratch_bytes, partial_floats,
+                                    attend_lent, merge_parts, append,        gather,
+                                    arithmetic,  roof};
 
 }  // namespace flashmla
