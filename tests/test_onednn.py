@@ -100,6 +100,16 @@ def test_bf16_differs_by_rounding_alone():
     assert (lse - their_lse).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("cache_format", ["bf16", "q8_kv"])
+def test_lists_with_tiles_of_skipped_entries(cache_format):
+    arguments = decode(cache_format, 32, [300])
+    indices = torch.full((1, 1, 400), -1, dtype=torch.int32)
+    indices[..., 128:256:3] = torch.randperm(300, dtype=torch.int32)[:43]
+    arguments["indices"] = indices
+    ours, theirs = attention("avx512_bf16", arguments)[0], attention("onednn", arguments)[0]
+    assert (ours.float() - theirs.float()).norm() <= 2e-3 * ours.float().norm()
+
+
 def test_formats_and_small_blocks_that_are_left_to_avx512(least_rows):
     q8_kv, bf16 = decode("q8_kv", 40, [300]), decode("bf16", 40, [300])
     q8_0 = decode("q8_0", 40, [300])

@@ -48,6 +48,7 @@ class LentProducts {
   // O[row][d] = correction[row] * O[row][d] + P[row][t] V[t][d].
   void accumulate(const Tile& tile, int32_t /*used*/, int32_t rows, int32_t width,
                   const Scratch& s) const {
+    if (tile.tokens == 0) return;  // a list whose entries are all skipped
     const int32_t depth = round_up(tile.tokens, kTokens);
     interleave_values(tile, depth, width, s);
     transpose_probabilities(tile, depth, rows, s);
@@ -100,7 +101,8 @@ class LentProducts {
     constexpr int32_t n = kVectors * kLanes;
     const Span &latent = tile.key[0], &rope = tile.key[1];
     // One product, if both segments have one scale and are neighbours.
-    const bool joined = !kScaled && rope.words > 0 && rope.stride == latent.stride &&
+    const bool joined = !kScaled && tile.tokens > 0 && rope.words > 0 &&
+                        rope.stride == latent.stride &&
                         rope.group[0] == latent.group[0] + 4 * latent.words;
     std::byte* second = kScaled ? s.product + kTokens * n * 4 : s.product;
     Float most[kVectors];
