@@ -1,4 +1,7 @@
-"""The archives of a release: built from each other, installed where there is no checkout, used."""
+"""The archives of a release: built from each other, installed where there is no checkout, used.
+
+Adds about a minute and a half to `make test SLOW=1` on two cores, most of it compiling.
+"""
 
 from __future__ import annotations
 
