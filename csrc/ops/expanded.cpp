@@ -132,8 +132,9 @@ class Expansion {
 
   // A buffer [heads, tokens, row] that is kept while it is large enough.
   void make_buffer(Tensor& t, int64_t heads, int64_t tokens, int64_t row) {
-    if (!t.defined() || t.size(0) < heads || t.size(1) < tokens)
-      t = uninitialised({heads, tokens, row}, type_);
+    if (t.defined() && t.size(0) >= heads && t.size(1) >= tokens) return;
+    t = Tensor();  // or both would be held for a moment
+    t = uninitialised({heads, tokens, row}, type_);
   }
 
   // Rows of a buffer whose first one is the key at position `begin`.
