@@ -6,41 +6,26 @@ import os
 import re
 import shutil
 import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
+from programs import ROOT
+from programs import run as run_program
 
 import torch_flash_mla
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[1]
 KERNEL_BUILD = ROOT / "build" / "kernels"
 ARCHIVE = KERNEL_BUILD / "libflashmla_kernels.a"
-TOOLS = os.pathsep.join(  # cmake and ninja usually come from pip
-    [os.environ["PATH"], sysconfig.get_path("scripts"), str(Path(sys.executable).parent)]
-)
 SANITIZERS = {"TSAN_OPTIONS": "halt_on_error=1", "UBSAN_OPTIONS": "halt_on_error=1"}
 EMULATOR = shutil.which("qemu-x86_64")
 
 
 def run(*command: str | Path, **environment: str) -> str:
-    """Output of a command that must succeed."""
-    result = subprocess.run(
-        [str(c) for c in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PATH": TOOLS, **environment},
-        timeout=600,
-    )
-    # qemu warns of features that no test needs, once per thread.
-    output = re.sub(r"qemu-x86_64: warning: TCG doesn't .*\n", "", result.stdout)
-    assert result.returncode == 0, f"{result.args}: {result.returncode}\n{output[-4000:]}"
-    return output
+    """Output of a command that must succeed, without what qemu warns of, once per thread."""
+    output = run_program(*command, **environment)
+    return re.sub(r"qemu-x86_64: warning: TCG doesn't .*\n", "", output)
 
 
 def levels(output: str) -> list[str]:
