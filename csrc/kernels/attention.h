@@ -13,6 +13,7 @@
 #include "kernels/params.h"
 #include "kernels/plan.h"
 #include "kernels/query.h"
+#include "kernels/refine.h"
 #include "kernels/score.h"
 #include "kernels/scratch.h"
 #include "kernels/soften.h"
@@ -122,7 +123,10 @@ void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, St
   const int32_t rows = round_up(used, Simd::kLanes), vectors = rows / Simd::kLanes;
 
   const float scale = __builtin_fabsf(p.softmax_scale) * kLog2e;
-  pack_queries<Simd, Arithmetic, Products::kQuads>(p, item, layout, vectors, scale, key_max, s);
+  pack_queries<Simd, Arithmetic, Products::kQuads>(p, item, layout, vectors, scale, key_max,
+                                                   s.query_rows, s.query);
+  [[maybe_unused]] const QueryRounding rounding(s.query, Arithmetic::kResidual ? used : 0, layout);
+  [[maybe_unused]] bool residual_packed = false;
   const bool holes = find_ranges(p, item, rows, s);
   int32_t begin = s.first[0], end = s.limit[0], all_begin = begin,
           all_end = end;  // keys any / every row sees
@@ -159,6 +163,16 @@ void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, St
       fill_bias(p, item, count, tile.tokens, rows, s);
     }
     products.score(tile, vectors, s);
+    if constexpr (Arithmetic::kResidual) {
+      if (rounding.matters(tile)) {
+        if (!residual_packed) {
+          pack_queries<Simd, Arithmetic, Products::kQuads, true>(p, item, layout, vectors, scale,
+                                                                 key_max, s.query_rows, s.residual);
+          residual_packed = true;
+        }
+        refine<Simd, Arithmetic, Products::kQuads>(tile, rounding, vectors, s);
+      }
+    }
     soften<Simd, Arithmetic>(tile, Arithmetic::kScaled ? 1.0f : scale, edge,
                              holes ? s.bias : nullptr, vectors, s);
     products.accumulate(tile, used, rows, layout.value, s);

@@ -37,7 +37,7 @@ class LentProducts {
     const int32_t words = tile.key[0].words + tile.key[1].words, rows = vectors * kLanes;
     for (int v = 0; v < vectors;) {
       const int width = row_vectors<Simd>(v, vectors);
-      const std::byte* query = s.packed_query + static_cast<int64_t>(v) * kLanes * words * 4;
+      const std::byte* query = s.query.words + static_cast<int64_t>(v) * kLanes * words * 4;
       if (width == 4) score_rows<4>(tile, query, v * kLanes, rows, s);
       if (width == 2) score_rows<2>(tile, query, v * kLanes, rows, s);
       if (width == 1) score_rows<1>(tile, query, v * kLanes, rows, s);
@@ -147,8 +147,8 @@ class LentProducts {
         for (int seg = 0; seg < segments; ++seg) {
           const Word sum =
               Simd::add_word(Simd::load_word(from + seg * kTokens * n * 4 + v * kLanes * 4),
-                             Simd::load_word(s.query_sum[seg] + row + v * kLanes));
-          const Float scale = Simd::mul(Simd::load(s.query_scale[seg] + row + v * kLanes),
+                             Simd::load_word(s.query.start[seg] + row + v * kLanes));
+          const Float scale = Simd::mul(Simd::load(s.query.scale[seg] + row + v * kLanes),
                                         Simd::set(key_scale[seg]));
           x = Simd::fma(Simd::to_float(sum), scale, x);
         }

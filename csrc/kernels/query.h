@@ -49,7 +49,8 @@ float add_lanes(typename Simd::Float x) {
 
 // One segment of one query row, times `sign`, as arithmetic elements. For scaled arithmetics also
 // its scale, times `factor`, and the start value of its accumulators. key_max: largest key code.
-template <class Simd, class Arithmetic>
+// kResidual: what rounding leaves of it instead.
+template <class Simd, class Arithmetic, bool kResidual>
 void encode_query(ScalarType type, const std::byte* from, int32_t count, float sign, float factor,
                   int32_t key_max, std::byte* to, float* scale, int32_t* start) {
   constexpr int kVector = Simd::kLanes * Arithmetic::kGroup;
@@ -58,7 +59,9 @@ void encode_query(ScalarType type, const std::byte* from, int32_t count, float s
   float multiplier = sign;
   const int64_t size = size_of(type);
   if constexpr (Arithmetic::kScaled) {
+    const int32_t per_sum = Arithmetic::values_per_sum(key_max);
     auto most = Simd::zero(), sum = Simd::zero();
+    float largest_sum = 0;
     for (int32_t at = 0; at < count; at += kChunk) {
       const int32_t n = count - at < kChunk ? count - at : kChunk;
       load_values<Simd>(type, from + at * size, n, round_up(n, kVector), wide);
@@ -67,11 +70,17 @@ void encode_query(ScalarType type, const std::byte* from, int32_t count, float s
         most = Simd::max(most, magnitude);
         // Scaled down, so that it stays finite: 2^20 > 65536 values.
         sum = Simd::fma(magnitude, Simd::set(0x1p-20f), sum);
+        if ((at + i + Simd::kLanes) % per_sum != 0 && at + i + Simd::kLanes < count) continue;
+        const float added = add_lanes<Simd>(sum);
+        largest_sum = added > largest_sum ? added : largest_sum;
+        sum = Simd::zero();
       }
     }
     const float m = Simd::reduce_max(most);
-    const float resolution =
-        m > 1e-30f ? Arithmetic::query_resolution(m, add_lanes<Simd>(sum), count, key_max) : 0;
+    const float resolution = m > 1e-30f
+                                 ? Arithmetic::query_resolution(
+                                       m, largest_sum, count < per_sum ? count : per_sum, key_max)
+                                 : 0;
     multiplier = sign * resolution;
     *scale = m > 1e-30f ? factor / resolution : 0.0f;
   }
@@ -86,11 +95,16 @@ void encode_query(ScalarType type, const std::byte* from, int32_t count, float s
         x[v] = Simd::load(wide + i + v * Simd::kLanes);
         if constexpr (Arithmetic::kScaled) finite = Simd::fma(x[v], Simd::zero(), finite);
         x[v] = Simd::mul(x[v], Simd::set(multiplier));
+        if constexpr (kResidual) {
+          x[v] =
+              Simd::mul(Simd::sub(x[v], Simd::round(x[v])), Simd::set(Arithmetic::kResidualUnit));
+        }
       }
       Arithmetic::store_query(to + (at + i) * Arithmetic::kBytes, x);
     }
   }
   if constexpr (Arithmetic::kScaled) {
+    if constexpr (kResidual) *scale /= Arithmetic::kResidualUnit;
     *scale += add_lanes<Simd>(finite);
     *start = Arithmetic::query_start(to, count);
   }
@@ -107,12 +121,15 @@ bool packs_directly(const AttentionParams& p, const RowLayout& layout) {
 
 // Packs rows [item.row_begin, item.row_end), zero rows up to `vectors` whole vectors. The sign of
 // the softmax scale goes into the query, so that a larger score is a larger logit; `factor`, into
-// the scales of scaled arithmetics.
-template <class Simd, class Arithmetic, bool kByQuads>
+// the scales of scaled arithmetics. query_rows: kLanes rows of the arithmetic, to work in.
+template <class Simd, class Arithmetic, bool kByQuads, bool kResidual = false>
 void pack_queries(const AttentionParams& p, const WorkItem& item, const RowLayout& layout,
-                  int vectors, float factor, int32_t key_max, Scratch& s) {
+                  int vectors, float factor, int32_t key_max, std::byte* query_rows,
+                  PackedQueries& to) {
   const float sign = p.softmax_scale < 0 ? -1.0f : 1.0f;
   const int32_t first_token = query_tokens(p, item.sequence).begin;
+  if constexpr (Arithmetic::kPartialSums)
+    to.words_per_sum = Arithmetic::values_per_sum(key_max) / Arithmetic::kGroup;
   using Word = typename Simd::Word;
   const int32_t rows = item.row_end - item.row_begin;
   const int32_t words = layout.groups[0] + layout.groups[1];
@@ -120,12 +137,12 @@ void pack_queries(const AttentionParams& p, const WorkItem& item, const RowLayou
   const std::byte* source[2][Simd::kLanes];  // rows of one vector, per segment
   for (int v = 0; v < vectors;) {
     const int width = row_vectors<Simd>(v, vectors);
-    std::byte* block = s.packed_query + static_cast<int64_t>(v) * Simd::kLanes * words * 4;
+    std::byte* block = to.words + static_cast<int64_t>(v) * Simd::kLanes * words * 4;
     for (int u = 0; u < width; ++u) {
       for (int i = 0; i < Simd::kLanes; ++i) {
         const int32_t r = (v + u) * Simd::kLanes + i;
-        std::byte* row = s.query_rows + i * layout.stride;
-        for (int seg = 0; seg < 2; ++seg) s.query_scale[seg][r] = 0, s.query_sum[seg][r] = 0;
+        std::byte* row = query_rows + i * layout.stride;
+        for (int seg = 0; seg < 2; ++seg) to.scale[seg][r] = 0, to.start[seg][r] = 0;
         source[0][i] = row;
         source[1][i] = row + layout.rope_offset;
         if (r >= rows) {
@@ -141,20 +158,20 @@ void pack_queries(const AttentionParams& p, const WorkItem& item, const RowLayou
           source[1][i] = q_pe;
           continue;
         }
-        encode_query<Simd, Arithmetic>(p.q_type, q, layout.latent, sign, factor, key_max, row,
-                                       s.query_scale[0] + r, s.query_sum[0] + r);
+        encode_query<Simd, Arithmetic, kResidual>(p.q_type, q, layout.latent, sign, factor, key_max,
+                                                  row, to.scale[0] + r, to.start[0] + r);
         if (layout.rope == 0) continue;
-        encode_query<Simd, Arithmetic>(p.q_type, q_pe, layout.rope, sign, factor, key_max,
-                                       row + layout.rope_offset, s.query_scale[1] + r,
-                                       s.query_sum[1] + r);
+        encode_query<Simd, Arithmetic, kResidual>(p.q_type, q_pe, layout.rope, sign, factor,
+                                                  key_max, row + layout.rope_offset,
+                                                  to.scale[1] + r, to.start[1] + r);
       }
       if constexpr (kByQuads) {
         if (width == 1) {
-          std::byte* to = block;
+          std::byte* quad = block;
           for (int seg = 0; seg < 2; ++seg) {
             for (int32_t g = 0; g < layout.groups[seg]; g += 4) {
-              for (int i = 0; i < 16; ++i, to += 16)
-                __builtin_memcpy(to, source[seg][i % 4 * 4 + i / 4] + 4 * g, 16);
+              for (int i = 0; i < 16; ++i, quad += 16)
+                __builtin_memcpy(quad, source[seg][i % 4 * 4 + i / 4] + 4 * g, 16);
             }
           }
           continue;

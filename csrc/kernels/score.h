@@ -1,6 +1,8 @@
 // score.h: S[t][row] = K[t] . Q[row] for one tile, and the maximum over the tile. Lanes are query
 // rows; one word of K is broadcast. Scores of scaled arithmetics come out in log2 units, plus log2
 // of the token's value scale (see soften.h).
+//
+// kResidual: adds to the scores that are there what the residual of the queries brings (refine.h).
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -13,12 +15,18 @@
 namespace flashmla {
 namespace {
 
+template <bool kResidual>
+[[gnu::always_inline]] inline const PackedQueries& queries(const Scratch& s) {
+  return kResidual ? s.residual : s.query;
+}
+
 // kTokens x kVectors accumulators: tokens [t, t + kTokens) of the tile, whose rows are evenly
 // spaced (one page, or a staged tile), against one row block. Prefetches `ahead_bytes` from `ahead`
 // on meanwhile; 0 for none.
-template <class Simd, class Arithmetic, int kTokens, int kVectors>
+template <class Simd, class Arithmetic, int kTokens, int kVectors, bool kResidual>
 void score_block(const Tile& tile, int32_t t, const std::byte* query, const Scratch& s, int32_t row,
                  int32_t rows, const std::byte* ahead, int64_t ahead_bytes) {
+  const PackedQueries& packed = queries<kResidual>(s);
   using Acc = typename Arithmetic::Acc;
   using Word = typename Simd::Word;
   constexpr int kLanes = Simd::kLanes;
@@ -38,47 +46,56 @@ void score_block(const Tile& tile, int32_t t, const std::byte* query, const Scra
   for (int seg = 0; seg <= last; ++seg) {
     const Span& span = tile.key[seg];
     const std::byte* key = span.group[t / kPage] + t % kPage * span.stride;
-    if (seg == 0 || Arithmetic::kScaled) {
+    for (int32_t begin = 0, end; begin < span.words; begin = end) {
+      end = Arithmetic::kPartialSums && packed.words_per_sum < span.words - begin
+                ? begin + packed.words_per_sum
+                : span.words;
+      if (seg == 0 || Arithmetic::kScaled) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        Acc start;
-        if constexpr (Arithmetic::kScaled) {
-          start = Simd::load_word(s.query_sum[seg] + row + v * kLanes);
-        } else {
-          start = Simd::zero();
+        for (int v = 0; v < kVectors; ++v) {
+          Acc start;
+          if constexpr (!Arithmetic::kScaled) {
+            start = Simd::zero();
+          } else if constexpr (Arithmetic::kPartialSums) {
+            start = Simd::zero_word();
+          } else {
+            start = Simd::load_word(packed.start[seg] + row + v * kLanes);
+          }
+#pragma GCC unroll 16
+          for (int i = 0; i < kTokens; ++i) acc[i][v] = start;
         }
-#pragma GCC unroll 16
-        for (int i = 0; i < kTokens; ++i) acc[i][v] = start;
       }
-    }
-    for (int32_t g = 0; g < span.words; ++g) {
-      Word q[kVectors];
+      for (int32_t g = begin; g < end; ++g) {
+        Word q[kVectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) q[v] = Simd::load_word(query + v * kLanes * 4);
-      query += kVectors * kLanes * 4;
-      Simd::prefetch(fetch);
-      fetch += step;
-#pragma GCC unroll 16
-      for (int i = 0; i < kTokens; ++i) {
-        const Word k = Simd::broadcast_word(key + i * span.stride + 4 * g);
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) acc[i][v] = Arithmetic::dot_key(acc[i][v], q[v], k);
-      }
-    }
-    if constexpr (Arithmetic::kScaled) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        const auto query_scale = Simd::load(s.query_scale[seg] + row + v * kLanes);
+        for (int v = 0; v < kVectors; ++v) q[v] = Simd::load_word(query + v * kLanes * 4);
+        query += kVectors * kLanes * 4;
+        Simd::prefetch(fetch);
+        fetch += step;
 #pragma GCC unroll 16
         for (int i = 0; i < kTokens; ++i) {
-          float key_scale;
-          __builtin_memcpy(&key_scale, key + i * span.stride + span.scale, 4);
-          float* to = out + i * rows + v * kLanes;
-          const auto scale = Simd::mul(query_scale, Simd::set(key_scale));
-          const auto before = seg == 0 ? Simd::set(s.value_log2[t + i]) : Simd::load(to);
-          const auto x = Simd::fma(Simd::to_float(acc[i][v]), scale, before);
-          Simd::store(to, x);
-          if (seg == last) most[v] = Simd::max(most[v], x);
+          const Word k = Simd::broadcast_word(key + i * span.stride + 4 * g);
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v) acc[i][v] = Arithmetic::dot_key(acc[i][v], q[v], k);
+        }
+      }
+      if constexpr (Arithmetic::kScaled) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+          const auto query_scale = Simd::load(packed.scale[seg] + row + v * kLanes);
+#pragma GCC unroll 16
+          for (int i = 0; i < kTokens; ++i) {
+            float key_scale;
+            __builtin_memcpy(&key_scale, key + i * span.stride + span.scale, 4);
+            float* to = out + i * rows + v * kLanes;
+            const auto scale = Simd::mul(query_scale, Simd::set(key_scale));
+            const auto before = seg == 0 && begin == 0 && !kResidual
+                                    ? Simd::set(s.value_log2[t + i])
+                                    : Simd::load(to);
+            const auto x = Simd::fma(Simd::to_float(acc[i][v]), scale, before);
+            Simd::store(to, x);
+            if (seg == last && end == span.words) most[v] = Simd::max(most[v], x);
+          }
         }
       }
     }
@@ -100,9 +117,10 @@ void score_block(const Tile& tile, int32_t t, const std::byte* query, const Scra
 
 // Four tokens against one vector of rows, whose queries are packed by quads: each word of the
 // accumulators holds a quarter of a product.
-template <class Simd, class Arithmetic>
+template <class Simd, class Arithmetic, bool kResidual>
 void score_quads(const Tile& tile, int32_t t, const std::byte* query, const Scratch& s, int32_t row,
                  int32_t rows, const std::byte* ahead, int64_t ahead_bytes) {
+  const PackedQueries& packed = queries<kResidual>(s);
   using Word = typename Simd::Word;
   constexpr int kTokens = 4, kVectorBytes = Simd::kLanes * 4;
   float* out = s.score + static_cast<int64_t>(t) * rows + row;
@@ -132,15 +150,15 @@ void score_quads(const Tile& tile, int32_t t, const std::byte* query, const Scra
         for (int j = 0; j < 4; ++j) acc[i][j] = Arithmetic::dot_key(acc[i][j], q[j], k);
       }
     }
-    const auto query_scale = Simd::load(s.query_scale[seg] + row);
-    const Word start = Simd::load_word(s.query_sum[seg] + row);
+    const auto query_scale = Simd::load(packed.scale[seg] + row);
+    const Word start = Simd::load_word(packed.start[seg] + row);
 #pragma GCC unroll 4
     for (int i = 0; i < kTokens; ++i) {
       float key_scale;
       __builtin_memcpy(&key_scale, key + i * span.stride + span.scale, 4);
       float* to = out + i * rows;
       const auto scale = Simd::mul(query_scale, Simd::set(key_scale));
-      const auto before = seg == 0 ? Simd::set(s.value_log2[t + i]) : Simd::load(to);
+      const auto before = seg == 0 && !kResidual ? Simd::set(s.value_log2[t + i]) : Simd::load(to);
       const auto sum = Simd::to_float(Simd::add_word(start, Simd::sum_quads(acc[i])));
       const auto x = Simd::fma(sum, scale, before);
       Simd::store(to, x);
@@ -162,7 +180,7 @@ void score_rows(const Tile& tile, const std::byte* query, const Scratch& s, int3
   // The first half of the next tile's pages; accumulate() fetches the other one.
   const int64_t ahead = row == 0 ? tile.next_bytes / 2 / kPage : 0;  // bytes per token
   auto block = [&]<int kCount>(int32_t t) {
-    score_block<Simd, Arithmetic, kCount, kVectors>(
+    score_block<Simd, Arithmetic, kCount, kVectors, false>(
         tile, t, query, s, row, rows, tile.next[t / kPage] + t % kPage * ahead, kCount * ahead);
   };
   if constexpr (Arithmetic::kScaled) {
@@ -173,8 +191,8 @@ void score_rows(const Tile& tile, const std::byte* query, const Scratch& s, int3
   int32_t t = 0;
   if constexpr (kVectors == 1 && kQuads<Simd, Arithmetic>) {
     for (; t < tile.tokens; t += 4) {
-      score_quads<Simd, Arithmetic>(tile, t, query, s, row, rows,
-                                    tile.next[t / kPage] + t % kPage * ahead, 4 * ahead);
+      score_quads<Simd, Arithmetic, false>(tile, t, query, s, row, rows,
+                                           tile.next[t / kPage] + t % kPage * ahead, 4 * ahead);
     }
     return;
   }
@@ -196,7 +214,7 @@ void score(const Tile& tile, int vectors, const Scratch& s) {
   for (int v = 0; v < vectors;) {
     const int width = row_vectors<Simd>(v, vectors);
     const int32_t row = v * Simd::kLanes;
-    const std::byte* query = s.packed_query + row * words * 4;
+    const std::byte* query = s.query.words + row * words * 4;
     if constexpr (kMaxRowVectors<Simd> == 4) {
       if (width == 4) score_rows<Simd, Arithmetic, 4>(tile, query, s, row, rows, direct);
     }

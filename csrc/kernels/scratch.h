@@ -16,27 +16,34 @@ constexpr int32_t kLentTokens = 64;
 constexpr int32_t kLentColumns = 256;
 constexpr int32_t kLentRows = 64;  // at most, of one product
 
+// The queries of a work item as operands of score().
+struct PackedQueries {
+  std::byte* words;       // [row vector block][word][row]: 32-bit words
+  float* scale[2];        // [rows] per segment (scaled arithmetics)
+  int32_t* start[2];      // [rows] per segment: of the accumulators
+  int32_t words_per_sum;  // that accumulators take, if they are less than a segment
+};
+
 struct Scratch {
-  std::byte* packed_query;  // [row vector block][words][row]: 32-bit words
-  std::byte* query_rows;    // [kLanes] rows of the arithmetic, before packing
-  std::byte* staged;        // [tile] staged rows
-  float* score;             // [tile][rows]
-  std::byte* probability;   // [tile / group][rows]: 32-bit words
-  std::byte* interleaved;   // [tile / group][group]: vectors of words, of some columns of V
-  float* output;            // [rows][value]
-  float* bias;              // [tile][rows]: additive mask of one tile
-  float* maximum;           // [rows], log2 units
-  float* tile_maximum;      // [rows], of the scores of one tile
-  float* sum;               // [rows]
-  float* correction;        // [rows]: factor of the old output
-  float* value_scale;       // [rows]: of the integer accumulators of a tile
-  float* value_log2;        // [tile]: log2 of the value scales (scaled arithmetics)
-  float* value_inverse;     // [tile]
-  float* query_scale[2];    // [rows] per segment
-  int32_t* query_sum[2];    // [rows] per segment: start value of the accumulators
-  int32_t* first;           // [rows]: keys [first, limit) are visible
-  int32_t* limit;           // [rows]
-  int32_t* positions;       // [tile]: cache positions of the tokens of a tile
+  PackedQueries query;
+  PackedQueries residual;  // what rounding left of them (refine.h)
+  std::byte* query_rows;   // [kLanes] rows of the arithmetic, before packing
+  std::byte* staged;       // [tile] staged rows
+  float* score;            // [tile][rows]
+  std::byte* probability;  // [tile / group][rows]: 32-bit words
+  std::byte* interleaved;  // [tile / group][group]: vectors of words, of some columns of V
+  float* output;           // [rows][value]
+  float* bias;             // [tile][rows]: additive mask of one tile
+  float* maximum;          // [rows], log2 units
+  float* tile_maximum;     // [rows], of the scores of one tile
+  float* sum;              // [rows]
+  float* correction;       // [rows]: factor of the old output
+  float* value_scale;      // [rows]: of the integer accumulators of a tile
+  float* value_log2;       // [tile]: log2 of the value scales (scaled arithmetics)
+  float* value_inverse;    // [tile]
+  int32_t* first;          // [rows]: keys [first, limit) are visible
+  int32_t* limit;          // [rows]
+  int32_t* positions;      // [tile]: cache positions of the tokens of a tile
   // With lent products only:
   std::byte* product;  // 32-bit sums of one or two products
   std::byte* values;   // [tile / group][value]: 32-bit words of V
@@ -62,7 +69,17 @@ size_t lay_out(const RowLayout& layout, BlockShape shape, std::byte* base, Scrat
   const size_t words =
       static_cast<size_t>(layout.groups[0]) + static_cast<size_t>(layout.groups[1]);
   auto take_floats = [&](size_t n) { return reinterpret_cast<float*>(take(n * 4)); };
-  s.packed_query = take(rows * words * 4);
+  auto take_queries = [&] {
+    PackedQueries q = {};
+    q.words = take(rows * words * 4);
+    for (int i = 0; i < 2; ++i) {
+      q.scale[i] = take_floats(rows);
+      q.start[i] = reinterpret_cast<int32_t*>(take(rows * 4));
+    }
+    return q;
+  };
+  s.query = take_queries();
+  if constexpr (Arithmetic::kResidual) s.residual = take_queries();
   s.query_rows = take(static_cast<size_t>(Simd::kLanes) * static_cast<size_t>(layout.stride));
   s.staged = take(tile * static_cast<size_t>(layout.stride));
   s.score = take_floats(tile * rows);
@@ -77,10 +94,6 @@ size_t lay_out(const RowLayout& layout, BlockShape shape, std::byte* base, Scrat
   s.sum = take_floats(rows);
   s.correction = take_floats(rows);
   s.value_scale = take_floats(rows);
-  for (int i = 0; i < 2; ++i) {
-    s.query_scale[i] = take_floats(rows);
-    s.query_sum[i] = reinterpret_cast<int32_t*>(take(rows * 4));
-  }
   s.first = reinterpret_cast<int32_t*>(take(rows * 4));
   s.limit = reinterpret_cast<int32_t*>(take(rows * 4));
   s.positions = reinterpret_cast<int32_t*>(take(tile * 4));

@@ -14,6 +14,8 @@ struct Bf16 {
   static constexpr int kGroup = 2;
   static constexpr int kBytes = 2;
   static constexpr bool kScaled = false;
+  static constexpr bool kResidual = false;
+  static constexpr bool kPartialSums = false;
 
   static Acc dot_key(Acc sum, Word query, Word key) { return Simd::dot_bf16(sum, query, key); }
   static Acc dot_value(Acc sum, Word probability, Word value) {

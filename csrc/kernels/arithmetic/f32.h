@@ -14,6 +14,9 @@ struct F32 {
   static constexpr int kGroup = 1;        // elements per 32-bit word
   static constexpr int kBytes = 4;        // bytes per element
   static constexpr bool kScaled = false;  // rows carry scales, accumulators are integers
+  static constexpr bool kResidual =
+      false;  // queries may need what rounding leaves of them (refine.h)
+  static constexpr bool kPartialSums = false;  // accumulators may take but a part of a segment
 
   static Acc dot_key(Acc sum, Word query, Word key) {
     return Simd::fma(Simd::as_float(query), Simd::as_float(key), sum);

@@ -20,11 +20,16 @@ struct Int8 {
   static constexpr int kGroup = 4;
   static constexpr int kBytes = 1;
   static constexpr bool kScaled = true;
+  static constexpr bool kResidual = true;
+  static constexpr bool kPartialSums = false;
   static constexpr float kKeyMax = 127.0f;
   static constexpr float kProbabilityMax = 255.0f;
 
   // Query codes per unit, for a segment with the largest magnitude `most`.
   static float query_resolution(float most, float, int32_t, int32_t) { return 127 / most; }
+  static constexpr int32_t values_per_sum(int32_t) { return INT32_MAX; }
+  // What rounding leaves of a query code is at most half; times this it is a code again.
+  static constexpr float kResidualUnit = 254.0f;
   // Where accumulators start, from the query's codes: the keys' bias costs nothing.
   static int32_t query_start(const std::byte* codes, int32_t count) {
     int32_t sum = 0;

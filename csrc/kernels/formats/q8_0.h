@@ -3,7 +3,6 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "kernels/arithmetic/bf16.h"
 #include "kernels/arithmetic/f32.h"
 #include "kernels/arithmetic/int16.h"
 #include "kernels/arithmetic_id.h"
@@ -59,24 +58,21 @@ struct Q8_0 {
     decode_blocks(row + l, scales + l / kBlock * 2, r, rope);
   }
 
-  // bf16 is the faster of the two, and exact enough where the query is bf16 already.
+  // 8-bit products would take one scale per row, and lose a bit or two of what these codes hold.
   template <class Simd>
-  static constexpr ArithmeticId arithmetic(ScalarType query) {
-    if (Simd::kBf16Dot && query == ScalarType::kBf16) return ArithmeticId::kBf16;
+  static constexpr ArithmeticId arithmetic(ScalarType) {
     return Simd::kInt16Dot ? ArithmeticId::kInt16 : ArithmeticId::kF32;
   }
 
-  // Float arithmetics take the same values: code * scale, stored as their elements are.
-  template <class Arithmetic>
-    requires(!Arithmetic::kScaled)
-  static void stage(Arithmetic, const std::byte* codes, const std::byte*, const RowLayout& layout,
+  template <class Simd>
+  static void stage(F32<Simd>, const std::byte* codes, const std::byte*, const RowLayout& layout,
                     std::byte* row) {
     const std::byte* scales = codes + layout.latent + layout.rope;
-    widen<Arithmetic>(codes, scales, layout.latent, row);
-    __builtin_memset(row + layout.latent * Arithmetic::kBytes, 0,
-                     (layout.value - layout.latent) * Arithmetic::kBytes);
-    widen<Arithmetic>(codes + layout.latent, scales + layout.latent / kBlock * 2, layout.rope,
-                      row + layout.rope_offset);
+    auto* latent = reinterpret_cast<float*>(row);
+    widen<Simd>(codes, scales, layout.latent, latent);
+    for (int32_t i = layout.latent; i < layout.value; ++i) latent[i] = 0;
+    widen<Simd>(codes + layout.latent, scales + layout.latent / kBlock * 2, layout.rope,
+                reinterpret_cast<float*>(row + layout.rope_offset));
   }
 
   // Block scales become one scale per segment.
@@ -106,31 +102,11 @@ struct Q8_0 {
         });
   }
 
-  template <template <class> class Arithmetic, class Simd>
-  static Simd simd_of(Arithmetic<Simd>);
-
-  template <class Arithmetic>
-  static void widen(const std::byte* codes, const std::byte* scales, int32_t count, std::byte* to) {
-    using Simd = decltype(simd_of(Arithmetic{}));
-    constexpr int kVector = Simd::kLanes * Arithmetic::kGroup;
-    static_assert(kBlock % kVector == 0, "a vector must not span two scales");
-    const int32_t blocks = count / kBlock;
-    for (int32_t b0 = 0; b0 < blocks; b0 += Simd::kLanes) {
-      const int32_t n = blocks - b0 < Simd::kLanes ? blocks - b0 : Simd::kLanes;
-      float scale[Simd::kLanes];
-      Simd::store(scale, n == Simd::kLanes ? Simd::load_f16(scales + 2 * b0)
-                                           : Simd::load_f16(scales + 2 * b0, n));
-      for (int32_t b = 0; b < n; ++b) {
-        const auto s = Simd::set(scale[b]);
-        const int32_t at = (b0 + b) * kBlock;
-        for (int32_t i = at; i < at + kBlock; i += kVector) {
-          typename Simd::Float x[Arithmetic::kGroup];
-          for (int v = 0; v < Arithmetic::kGroup; ++v) {
-            x[v] = Simd::mul(s, Simd::load_s8(codes + i + v * Simd::kLanes));
-          }
-          Arithmetic::store_query(to + i * Arithmetic::kBytes, x);
-        }
-      }
+  template <class Simd>
+  static void widen(const std::byte* codes, const std::byte* scales, int32_t count, float* to) {
+    for (int32_t i = 0; i < count; i += Simd::kLanes) {
+      const auto scale = Simd::set(f16_to_float(load_u16(scales + i / kBlock * 2)));
+      Simd::store(to + i, Simd::mul(scale, Simd::load_s8(codes + i)));
     }
   }
 };
