@@ -98,7 +98,8 @@ class OwnProducts {
  public:
   static constexpr bool kLent = false;
   static constexpr bool kQuads = flashmla::kQuads<Simd, Arithmetic>;  // how queries are packed
-  static constexpr int32_t kTokens = kPage;  // that are neighbours in a tile read in place
+  static constexpr int32_t kTokens = kPage;    // that are neighbours in a tile read in place
+  static constexpr bool kSplitsLines = false;  // of such a tile, whatever the number of query rows
 
   explicit OwnProducts(const MatrixEngine*) {}
 
@@ -144,8 +145,9 @@ void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, St
   __builtin_memset(s.output, 0, static_cast<size_t>(rows) * static_cast<size_t>(layout.value) * 4);
 
   const bool packed = Arithmetic::kScaled;
-  const bool direct = native && suits_direct<Simd, Arithmetic>(p.cache, item.sequence, layout,
-                                                               Products::kTokens, rows);
+  const bool direct =
+      native && suits_direct<Simd, Arithmetic>(p.cache, item.sequence, layout, Products::kTokens,
+                                               rows, Products::kSplitsLines);
   const int64_t row_scale = packed ? layout.latent + layout.rope : 0;
   const Tiles tiles(p.cache, item.sequence, layout, stage, direct, Products::kTokens, row_scale,
                     s.staged);

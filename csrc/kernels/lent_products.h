@@ -25,6 +25,7 @@ class LentProducts {
   static constexpr bool kLent = true;
   static constexpr bool kQuads = false;
   static constexpr int32_t kTokens = kLentTokens;  // evenly spaced in memory
+  static constexpr bool kSplitsLines = true;       // products read keys word by word
 
   explicit LentProducts(const MatrixEngine* engine) : engine_(*engine) {}
 

@@ -1,7 +1,7 @@
 // arithmetic/int16.h: words of two 16-bit codes, int32 accumulators; levels with a 16-bit pair
 // product.
 //
-// K and V rows are codes up to +-8191 (fewer where a format's own codes do) with one f32 scale per
+// K and V rows are codes up to +-11585 (fewer where a format's own codes do) with one f32 scale per
 // segment; queries and probabilities take what is left of 31 bits. As exact as the storage format,
 // at half the rate of Int8: it serves levels without an 8-bit dot product, and formats whose codes
 // eight bits with one scale would spoil.
@@ -22,13 +22,13 @@ struct Int16 {
   static constexpr bool kScaled = true;
   static constexpr bool kResidual = false;
   static constexpr bool kPartialSums = true;
-  static constexpr float kKeyMax = 8191.0f;
-  static constexpr float kProbabilityMax = 2047.0f;  // 8191 * 2047 * 128 < 2^31
+  static constexpr float kKeyMax = 11585.0f;
+  static constexpr float kProbabilityMax = 1448.0f;  // 11585 * 1448 * 128 < 2^31
 
   // Values that one accumulator sums. The fewer, the finer the codes of the queries; keys of eight
   // bits leave enough of 31 in any case.
   static constexpr int32_t values_per_sum(int32_t key_max) {
-    return key_max <= 128 ? INT32_MAX : 128;
+    return key_max <= 128 ? INT32_MAX : 64;
   }
   // Query codes per unit, for a segment with the largest magnitude `most`, whose magnitudes sum up
   // to `sum` * 2^20 at most over `length` values that share an accumulator. key_max times the sum
@@ -52,7 +52,7 @@ struct Int16 {
   }
   static void restore(Float v[2]) { Simd::restore16(v); }
 
-  // p: 0..2047.
+  // p: 0..1448.
   static Word pack_probabilities(const Float p[2]) {
     return Simd::bit_or(Simd::round_to_word(p[0]),
                         Simd::template shift_left<16>(Simd::round_to_word(p[1])));
