@@ -1,6 +1,6 @@
 // accumulate.h: O[row][d] = correction[row] * O[row][d] + P[row][t] V[t][d] for one tile. Lanes are
 // value dims; rows of V are interleaved so that one word holds a group of tokens of one dim, and
-// one word of P is broadcast.
+// one word of P is broadcast. The first tile of a work item finds no O yet.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -25,15 +25,22 @@ struct Fetch {
   int64_t step;
 };
 
-// kRows rows from `row` on against kColumns vectors of the output, which starts at `out`.
+// The output of a work item so far.
+struct Output {
+  float* rows;
+  int32_t width;  // values of a row
+  bool first;     // there is none
+};
+
+// kRows rows from `row` on against kColumns vectors of the output, which starts at value d.
 // kInterleave: the columns are rows of V, else words.
 template <class Simd, class Arithmetic, int kRows, int kColumns, bool kInterleave>
-void accumulate_block(const ValueColumns& values, float* out, int32_t row, int32_t rows,
-                      int32_t width, const Scratch& s, Fetch& fetch) {
+void accumulate_block(const ValueColumns& values, const Output& output, int32_t d, int32_t row,
+                      int32_t rows, const Scratch& s, Fetch& fetch) {
   using Word = typename Simd::Word;
   constexpr int kGroup = Arithmetic::kGroup, kVectorBytes = Simd::kLanes * 4;
   typename Arithmetic::Acc acc[kRows][kColumns];
-  out += static_cast<int64_t>(row) * width;
+  float* out = output.rows + static_cast<int64_t>(row) * output.width + d;
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
@@ -41,8 +48,9 @@ void accumulate_block(const ValueColumns& values, float* out, int32_t row, int32
       if constexpr (Arithmetic::kScaled) {
         acc[r][c] = Simd::zero_word();
       } else {
-        acc[r][c] = Simd::mul(Simd::set(s.correction[row + r]),
-                              Simd::load(out + r * width + c * Simd::kLanes));
+        acc[r][c] = output.first ? Simd::zero()
+                                 : Simd::mul(Simd::set(s.correction[row + r]),
+                                             Simd::load(out + r * output.width + c * Simd::kLanes));
       }
     }
   }
@@ -75,9 +83,11 @@ void accumulate_block(const ValueColumns& values, float* out, int32_t row, int32
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
     for (int c = 0; c < kColumns; ++c) {
-      float* to = out + r * width + c * Simd::kLanes;
+      float* to = out + r * output.width + c * Simd::kLanes;
       if constexpr (Arithmetic::kScaled) {
-        const auto before = Simd::mul(Simd::set(s.correction[row + r]), Simd::load(to));
+        const auto before = output.first
+                                ? Simd::zero()
+                                : Simd::mul(Simd::set(s.correction[row + r]), Simd::load(to));
         Simd::store(
             to, Simd::fma(Simd::set(s.value_scale[row + r]), Simd::to_float(acc[r][c]), before));
       } else {
@@ -90,16 +100,16 @@ void accumulate_block(const ValueColumns& values, float* out, int32_t row, int32
 // Rows [row, used) in blocks of kRows, the rest in smaller ones: no row is computed that nobody
 // asked for.
 template <class Simd, class Arithmetic, int kRows, int kColumns, bool kInterleave>
-void accumulate_rows(const ValueColumns& values, float* out, int32_t row, int32_t used,
-                     int32_t rows, int32_t width, const Scratch& s, Fetch& fetch) {
+void accumulate_rows(const ValueColumns& values, const Output& output, int32_t d, int32_t row,
+                     int32_t used, int32_t rows, const Scratch& s, Fetch& fetch) {
   for (; row + kRows <= used; row += kRows) {
-    accumulate_block<Simd, Arithmetic, kRows, kColumns, kInterleave>(values, out, row, rows, width,
+    accumulate_block<Simd, Arithmetic, kRows, kColumns, kInterleave>(values, output, d, row, rows,
                                                                      s, fetch);
   }
   if constexpr (kRows > 1) {
     constexpr int kFewer = kRows > 4 ? 4 : kRows / 2;
-    accumulate_rows<Simd, Arithmetic, kFewer, kColumns, kInterleave>(values, out, row, used, rows,
-                                                                     width, s, fetch);
+    accumulate_rows<Simd, Arithmetic, kFewer, kColumns, kInterleave>(values, output, d, row, used,
+                                                                     rows, s, fetch);
   }
 }
 
@@ -150,14 +160,16 @@ Fetch fetch_next(const Tile& tile, int32_t d, int32_t used, int32_t width, int l
   return {tile.next[at / half] + half + at % half, step < kCacheLine ? step : kCacheLine};
 }
 
-// used: rows that are not padding; width: values of an output row.
+// used: rows that are not padding.
 template <class Simd, class Arithmetic>
-void accumulate(const Tile& tile, int32_t used, int32_t rows, int32_t width, const Scratch& s) {
+void accumulate(const Tile& tile, const Output& output, int32_t used, int32_t rows,
+                const Scratch& s) {
   // Accumulators leave room for the values, a broadcast and a constant: 6 x 4 of 32 registers, 6 x
   // 2 of 16.
   constexpr int kGroup = Arithmetic::kGroup, kLanes = Simd::kLanes;
   constexpr bool kMany = Simd::kRegisters == 32;
   constexpr int kRows = 6, kColumns = kMany ? 4 : 2;
+  const int32_t width = output.width;
   // Interleaving on the fly asks for registers that AVX2 does not have, and for many instructions
   // where groups are of four tokens: then V is interleaved once, for all rows.
   if constexpr (kGroup == 4 || (kGroup == 2 && !kMany)) {
@@ -166,8 +178,8 @@ void accumulate(const Tile& tile, int32_t used, int32_t rows, int32_t width, con
         Fetch fetch = fetch_next<Arithmetic, kRows, kColumns>(tile, d, used, width, kLanes);
         ValueColumns values = interleave_columns<Simd, Arithmetic>(tile, d, s);
         for (int c = 0; c < kGroup; c += kColumns) {
-          accumulate_rows<Simd, Arithmetic, kRows, kColumns, false>(
-              values, s.output + d + c * kLanes, 0, used, rows, width, s, fetch);
+          accumulate_rows<Simd, Arithmetic, kRows, kColumns, false>(values, output, d + c * kLanes,
+                                                                    0, used, rows, s, fetch);
           values.page[0] += kColumns * kLanes * 4;
         }
       }
@@ -180,12 +192,12 @@ void accumulate(const Tile& tile, int32_t used, int32_t rows, int32_t width, con
   for (; d + kWide * kLanes <= width; d += kWide * kLanes) {
     Fetch fetch = fetch_next<Arithmetic, kRows, kWide>(tile, d, used, width, kLanes);
     accumulate_rows<Simd, Arithmetic, kRows, kWide, kInterleave>(
-        columns_in_place<Arithmetic>(tile, d, s), s.output + d, 0, used, rows, width, s, fetch);
+        columns_in_place<Arithmetic>(tile, d, s), output, d, 0, used, rows, s, fetch);
   }
   for (; d < width; d += kGroup * kLanes) {
     Fetch fetch = {tile.value.group[0], 0};
     accumulate_rows<Simd, Arithmetic, kRows, kGroup, kInterleave>(
-        columns_in_place<Arithmetic>(tile, d, s), s.output + d, 0, used, rows, width, s, fetch);
+        columns_in_place<Arithmetic>(tile, d, s), output, d, 0, used, rows, s, fetch);
   }
 }
 

@@ -57,21 +57,21 @@ void finish(const AttentionParams& p, BlockShape shape, const WorkItem& item,
     }
     // A row without keys is 0 by selection, not by multiplication.
     const auto inverse = Simd::set(sum == 0 ? 0.0f : 1 / total);
-    float* row = s.output + static_cast<int64_t>(r) * layout.value;
-    for (int32_t d = 0; d < layout.value; d += kStep) {
+    const float* row = s.output + static_cast<int64_t>(r) * layout.value;
+    std::byte* to = part ? reinterpret_cast<std::byte*>(part + static_cast<int64_t>(r) * width)
+                         : p.out.data + item.sequence * p.out.stride[0] + token * p.out.stride[1] +
+                               head * p.out.stride[2];
+    const ScalarType type = part ? ScalarType::kF32 : p.out_type;
+    for (int32_t d = 0; d < width; d += kStep) {
       typename Simd::Float x[Arithmetic::kGroup];
       for (int i = 0; i < Arithmetic::kGroup; ++i) {
         x[i] = sum == 0 ? Simd::zero() : Simd::mul(Simd::load(row + d + i * Simd::kLanes), inverse);
       }
       Arithmetic::restore(x);
-      for (int i = 0; i < Arithmetic::kGroup; ++i) Simd::store(row + d + i * Simd::kLanes, x[i]);
-    }
-    if (part) {
-      __builtin_memcpy(part + static_cast<int64_t>(r) * width, row, static_cast<size_t>(width) * 4);
-    } else {
-      std::byte* to = p.out.data + item.sequence * p.out.stride[0] + token * p.out.stride[1] +
-                      head * p.out.stride[2];
-      store_values<Simd>(p.out_type, row, width, to);
+      float values[kStep];
+      for (int i = 0; i < Arithmetic::kGroup; ++i) Simd::store(values + i * Simd::kLanes, x[i]);
+      store_values<Simd>(type, values, width - d < kStep ? width - d : kStep,
+                         to + d * size_of(type));
     }
   }
 }
@@ -106,9 +106,9 @@ class OwnProducts {
   void score(const Tile& tile, int vectors, const Scratch& s) const {
     flashmla::score<Simd, Arithmetic>(tile, vectors, s);
   }
-  void accumulate(const Tile& tile, int32_t used, int32_t rows, int32_t width,
+  void accumulate(const Tile& tile, const Output& output, int32_t used, int32_t rows,
                   const Scratch& s) const {
-    flashmla::accumulate<Simd, Arithmetic>(tile, used, rows, width, s);
+    flashmla::accumulate<Simd, Arithmetic>(tile, output, used, rows, s);
   }
 };
 
@@ -142,7 +142,6 @@ void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, St
     all_end = limit < all_end ? limit : all_end;
   }
   for (int32_t r = 0; r < rows; ++r) s.maximum[r] = -__builtin_inff(), s.sum[r] = 0;
-  __builtin_memset(s.output, 0, static_cast<size_t>(rows) * static_cast<size_t>(layout.value) * 4);
 
   const bool packed = Arithmetic::kScaled;
   const bool direct =
@@ -151,6 +150,7 @@ void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, St
   const int64_t row_scale = packed ? layout.latent + layout.rope : 0;
   const Tiles tiles(p.cache, item.sequence, layout, stage, direct, Products::kTokens, row_scale,
                     s.staged);
+  Output output = {s.output, layout.value, true};
   for (int32_t at = begin; at < end;) {
     // Tiles end at multiples of the tile length, so that their pages of 16 tokens are whole but for
     // the first and the last.
@@ -177,7 +177,8 @@ void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, St
     }
     soften<Simd, Arithmetic>(tile, Arithmetic::kScaled ? 1.0f : scale, edge,
                              holes ? s.bias : nullptr, vectors, s);
-    products.accumulate(tile, used, rows, layout.value, s);
+    products.accumulate(tile, output, used, rows, s);
+    output.first = false;
     at = next;
   }
   finish<Simd, Arithmetic>(p, shape, item, layout, s, partials);

@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/accumulate.h"
 #include "kernels/matrix_engine.h"
 #include "kernels/query.h"
 #include "kernels/scratch.h"
@@ -47,8 +48,12 @@ class LentProducts {
   }
 
   // O[row][d] = correction[row] * O[row][d] + P[row][t] V[t][d].
-  void accumulate(const Tile& tile, int32_t /*used*/, int32_t rows, int32_t width,
+  void accumulate(const Tile& tile, const Output& output, int32_t /*used*/, int32_t rows,
                   const Scratch& s) const {
+    const int32_t width = output.width;
+    // Products add to what is there.
+    if (output.first)
+      __builtin_memset(output.rows, 0, static_cast<size_t>(rows) * static_cast<size_t>(width) * 4);
     if (tile.tokens == 0) return;  // a list whose entries are all skipped
     const int32_t depth = round_up(tile.tokens, kTokens);
     interleave_values(tile, depth, width, s);
@@ -58,7 +63,7 @@ class LentProducts {
       const int count = row_vectors<Simd>(v, vectors);
       const int32_t row = v * kLanes, m = count * kLanes;
       const std::byte* p = s.weights + static_cast<int64_t>(row) * depth * Arithmetic::kBytes;
-      float* out = s.output + static_cast<int64_t>(row) * width;
+      float* out = output.rows + static_cast<int64_t>(row) * width;
       if constexpr (kScaled) {
         for (int32_t d = 0; d < width; d += kColumns) {
           const int32_t n = width - d < kColumns ? width - d : kColumns;

@@ -53,48 +53,53 @@ float add_lanes(typename Simd::Float x) {
 template <class Simd, class Arithmetic, bool kResidual>
 void encode_query(ScalarType type, const std::byte* from, int32_t count, float sign, float factor,
                   int32_t key_max, std::byte* to, float* scale, int32_t* start) {
-  constexpr int kVector = Simd::kLanes * Arithmetic::kGroup;
+  constexpr int kGroup = Arithmetic::kGroup, kVector = Simd::kLanes * kGroup;
   constexpr int kChunk = 512;  // values widened at a time
   float wide[kChunk];
   float multiplier = sign;
   const int64_t size = size_of(type);
   if constexpr (Arithmetic::kScaled) {
     const int32_t per_sum = Arithmetic::values_per_sum(key_max);
-    auto most = Simd::zero(), sum = Simd::zero();
-    float largest_sum = 0;
+    typename Simd::Float most[kGroup], sum[kGroup];
+    for (int v = 0; v < kGroup; ++v) most[v] = sum[v] = Simd::zero();
+    float total = 0, largest_sum = 0;
     for (int32_t at = 0; at < count; at += kChunk) {
       const int32_t n = count - at < kChunk ? count - at : kChunk;
       load_values<Simd>(type, from + at * size, n, round_up(n, kVector), wide);
-      for (int32_t i = 0; i < n; i += Simd::kLanes) {
-        const auto magnitude = Simd::abs(Simd::load(wide + i));
-        most = Simd::max(most, magnitude);
-        // Scaled down, so that it stays finite: 2^20 > 65536 values.
-        sum = Simd::fma(magnitude, Simd::set(0x1p-20f), sum);
-        if ((at + i + Simd::kLanes) % per_sum != 0 && at + i + Simd::kLanes < count) continue;
-        const float added = add_lanes<Simd>(sum);
+      for (int32_t i = 0; i < n; i += kVector) {
+        for (int v = 0; v < kGroup; ++v) {
+          const auto magnitude = Simd::abs(Simd::load(wide + i + v * Simd::kLanes));
+          most[v] = Simd::max(most[v], magnitude);
+          // Scaled down, so that it stays finite: 2^20 > 65536 values.
+          sum[v] = Simd::fma(magnitude, Simd::set(0x1p-20f), sum[v]);
+        }
+        if ((at + i + kVector) % per_sum != 0 && at + i + kVector < count) continue;
+        for (int v = 1; v < kGroup; ++v) sum[0] = Simd::add(sum[0], sum[v]);
+        const float added = add_lanes<Simd>(sum[0]);
+        total += added;
         largest_sum = added > largest_sum ? added : largest_sum;
-        sum = Simd::zero();
+        for (int v = 0; v < kGroup; ++v) sum[v] = Simd::zero();
       }
     }
-    const float m = Simd::reduce_max(most);
+    for (int v = 1; v < kGroup; ++v) most[0] = Simd::max(most[0], most[v]);
+    const float m = Simd::reduce_max(most[0]);
     const float resolution = m > 1e-30f
                                  ? Arithmetic::query_resolution(
                                        m, largest_sum, count < per_sum ? count : per_sum, key_max)
                                  : 0;
     multiplier = sign * resolution;
     *scale = m > 1e-30f ? factor / resolution : 0.0f;
+    if constexpr (kResidual) *scale /= Arithmetic::kResidualUnit;
+    *scale += 0 * total;  // NaN where a value is not finite
   }
-  auto finite = Simd::zero();  // NaN once a value is not finite
   for (int32_t at = 0; at < count; at += kChunk) {
     const int32_t n = count - at < kChunk ? count - at : kChunk;
     if (!Arithmetic::kScaled || count > kChunk)
       load_values<Simd>(type, from + at * size, n, round_up(n, kVector), wide);
     for (int32_t i = 0; i < n; i += kVector) {
-      typename Simd::Float x[Arithmetic::kGroup];
-      for (int v = 0; v < Arithmetic::kGroup; ++v) {
-        x[v] = Simd::load(wide + i + v * Simd::kLanes);
-        if constexpr (Arithmetic::kScaled) finite = Simd::fma(x[v], Simd::zero(), finite);
-        x[v] = Simd::mul(x[v], Simd::set(multiplier));
+      typename Simd::Float x[kGroup];
+      for (int v = 0; v < kGroup; ++v) {
+        x[v] = Simd::mul(Simd::load(wide + i + v * Simd::kLanes), Simd::set(multiplier));
         if constexpr (kResidual) {
           x[v] =
               Simd::mul(Simd::sub(x[v], Simd::round(x[v])), Simd::set(Arithmetic::kResidualUnit));
@@ -103,11 +108,7 @@ void encode_query(ScalarType type, const std::byte* from, int32_t count, float s
       Arithmetic::store_query(to + (at + i) * Arithmetic::kBytes, x);
     }
   }
-  if constexpr (Arithmetic::kScaled) {
-    if constexpr (kResidual) *scale /= Arithmetic::kResidualUnit;
-    *scale += add_lanes<Simd>(finite);
-    *start = Arithmetic::query_start(to, count);
-  }
+  if constexpr (Arithmetic::kScaled) *start = Arithmetic::query_start(to, count);
 }
 
 // Queries that already are rows of the arithmetic (of its only type of that size) in whole vectors
