@@ -124,45 +124,59 @@ class LentProducts {
         product(rope, rope.words, query + static_cast<int64_t>(latent.words) * n * 4, second,
                 !kScaled);
       const int32_t count = tile.tokens - t < kTokens ? tile.tokens - t : kTokens;
-      for (int32_t i = 0; i < count; ++i) settle<kVectors>(tile, t + i, i, row, rows, most, s);
+      settle<kVectors>(tile, t, count, row, rows, most, s);
     }
     for (int v = 0; v < kVectors; ++v) Simd::store(s.tile_maximum + row + v * kLanes, most[v]);
   }
 
-  // The products of token t, row i of the block, become scores: the same steps as in score.h.
+  // The products of tokens [t, t + count) become scores: the same steps as in score.h.
   template <int kVectors>
-  void settle(const Tile& tile, int32_t t, int32_t i, int32_t row, int32_t rows, Float* most,
+  void settle(const Tile& tile, int32_t t, int32_t count, int32_t row, int32_t rows, Float* most,
               const Scratch& s) const {
     constexpr int32_t n = kVectors * kLanes;
-    const std::byte* from = s.product + i * n * 4;
-    float* to = s.score + static_cast<int64_t>(t) * rows + row;
-    [[maybe_unused]] float key_scale[2] = {};
     [[maybe_unused]] const int segments = tile.key[1].words > 0 ? 2 : 1;
+    [[maybe_unused]] Float query_scale[2][kVectors];
+    [[maybe_unused]] Word start[2][kVectors];
     if constexpr (kScaled) {
       for (int seg = 0; seg < segments; ++seg) {
-        const Span& span = tile.key[seg];
-        __builtin_memcpy(key_scale + seg,
-                         span.group[t / kPage] + t % kPage * span.stride + span.scale, 4);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+          query_scale[seg][v] = Simd::load(s.query.scale[seg] + row + v * kLanes);
+          start[seg][v] = Simd::load_word(s.query.start[seg] + row + v * kLanes);
+        }
       }
     }
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      Float x;
+    for (int32_t i = 0; i < count; ++i) {
+      const std::byte* from = s.product + i * n * 4;
+      float* to = s.score + static_cast<int64_t>(t + i) * rows + row;
+      Float x[kVectors];
       if constexpr (kScaled) {
-        x = Simd::set(s.value_log2[t]);
+        const std::byte* key[2];
         for (int seg = 0; seg < segments; ++seg) {
-          const Word sum =
-              Simd::add_word(Simd::load_word(from + seg * kTokens * n * 4 + v * kLanes * 4),
-                             Simd::load_word(s.query.start[seg] + row + v * kLanes));
-          const Float scale = Simd::mul(Simd::load(s.query.scale[seg] + row + v * kLanes),
-                                        Simd::set(key_scale[seg]));
-          x = Simd::fma(Simd::to_float(sum), scale, x);
+          const Span& span = tile.key[seg];
+          key[seg] = span.group[(t + i) / kPage] + (t + i) % kPage * span.stride + span.scale;
+        }
+        const Float before = Simd::set(s.value_log2[t + i]);
+        for (int v = 0; v < kVectors; ++v) x[v] = before;
+        for (int seg = 0; seg < segments; ++seg, from += kTokens * n * 4) {
+          float key_scale;
+          __builtin_memcpy(&key_scale, key[seg], 4);
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v) {
+            const Word sum = Simd::add_word(Simd::load_word(from + v * kLanes * 4), start[seg][v]);
+            const Float scale = Simd::mul(query_scale[seg][v], Simd::set(key_scale));
+            x[v] = Simd::fma(Simd::to_float(sum), scale, x[v]);
+          }
         }
       } else {
-        x = Simd::load(reinterpret_cast<const float*>(from) + v * kLanes);
+        for (int v = 0; v < kVectors; ++v)
+          x[v] = Simd::load(reinterpret_cast<const float*>(from) + v * kLanes);
       }
-      Simd::store(to + v * kLanes, x);
-      most[v] = Simd::max(most[v], x);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        Simd::store(to + v * kLanes, x[v]);
+        most[v] = Simd::max(most[v], x[v]);
+      }
     }
   }
 
