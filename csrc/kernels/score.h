@@ -74,7 +74,12 @@ void score_block(const Tile& tile, int32_t t, const std::byte* query, const Scra
         fetch += step;
 #pragma GCC unroll 16
         for (int i = 0; i < kTokens; ++i) {
-          const Word k = Simd::broadcast_word(key + i * span.stride + 4 * g);
+          const std::byte* word = key + i * span.stride + 4 * g;
+          if constexpr (kVectors == 1) {
+            acc[i][0] = Arithmetic::dot_key_at(acc[i][0], q[0], word);
+            continue;
+          }
+          const Word k = Simd::broadcast_word(word);
 #pragma GCC unroll 4
           for (int v = 0; v < kVectors; ++v) acc[i][v] = Arithmetic::dot_key(acc[i][v], q[v], k);
         }

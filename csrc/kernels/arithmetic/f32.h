@@ -21,6 +21,10 @@ struct F32 {
   static Acc dot_key(Acc sum, Word query, Word key) {
     return Simd::fma(Simd::as_float(query), Simd::as_float(key), sum);
   }
+  // The same with a key's word in memory.
+  static Acc dot_key_at(Acc sum, Word query, const std::byte* key) {
+    return dot_key(sum, query, Simd::broadcast_word(key));
+  }
   static Acc dot_value(Acc sum, Word probability, Word value) {
     return dot_key(sum, probability, value);
   }

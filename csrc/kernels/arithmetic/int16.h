@@ -43,6 +43,9 @@ struct Int16 {
   static int32_t query_start(const std::byte*, int32_t) { return 0; }
 
   static Acc dot_key(Acc sum, Word query, Word key) { return Simd::dot_s16(sum, query, key); }
+  static Acc dot_key_at(Acc sum, Word query, const std::byte* key) {
+    return Simd::dot_s16_at(sum, query, key);
+  }
   static Acc dot_value(Acc sum, Word probability, Word value) {
     return Simd::dot_s16(sum, probability, value);
   }

@@ -43,6 +43,9 @@ struct Int8 {
   }
 
   static Acc dot_key(Acc sum, Word query, Word key) { return Simd::dot_u8s8(sum, key, query); }
+  static Acc dot_key_at(Acc sum, Word query, const std::byte* key) {
+    return dot_key(sum, query, Simd::broadcast_word(key));
+  }
   static Acc dot_value(Acc sum, Word probability, Word value) {
     return Simd::dot_u8s8(sum, probability, value);
   }

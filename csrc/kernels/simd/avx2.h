@@ -96,6 +96,9 @@ struct Avx2 {
   static Word dot_s16(Word sum, Word a, Word b) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
   }
+  static Word dot_s16_at(Word sum, Word a, const void* b) {
+    return dot_s16(sum, a, broadcast_word(b));
+  }
 
   static void interleave16(Word a, Word b, Word out[2]) {
     out[0] = _mm256_unpacklo_epi16(a, b);

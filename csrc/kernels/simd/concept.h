@@ -17,7 +17,7 @@
 // - restore16, restore8: the inverse order of dims, for f32 results of interleaved values
 // - dot_bf16, pair_bf16: f32 dot of bf16 pairs; words of (low, high) rounded to bf16
 // - exponent, mantissa: of positive normal values
-// - dot_s16: int32 dot of int16 pairs
+// - dot_s16: int32 dot of int16 pairs; dot_s16_at: with the word at an address, in every lane
 // - widen8, sub16, rescale16: 2 * kLanes byte codes as int16; (code << kShift) * factor / 2^15,
 //   rounded
 // - dot_u8s8: int32 dot of four codes, the first unsigned
@@ -75,6 +75,7 @@ concept SimdVocabulary =
       };
       requires !S::kInt16Dot || requires {
         { S::dot_s16(w, w, w) } -> std::same_as<typename S::Word>;
+        { S::dot_s16_at(w, w, cv) } -> std::same_as<typename S::Word>;
         { S::widen8(cv, 0) } -> std::same_as<typename S::Word>;
         { S::sub16(w, 0) } -> std::same_as<typename S::Word>;
         { S::template rescale16<8>(w, w, 0) } -> std::same_as<typename S::Word>;
