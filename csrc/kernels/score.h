@@ -37,6 +37,14 @@ void score_block(const Tile& tile, int32_t t, const std::byte* query, const Scra
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) most[v] = Simd::load(s.tile_maximum + row + v * kLanes);
 
+  if constexpr (!Arithmetic::kScaled) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kTokens; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) acc[i][v] = Simd::zero();
+    }
+  }
+
   // At most one cache line per word, the rest behind the loops.
   const int last = tile.key[1].words > 0 ? 1 : 0;
   const int64_t words = tile.key[0].words + tile.key[1].words;
@@ -50,17 +58,12 @@ void score_block(const Tile& tile, int32_t t, const std::byte* query, const Scra
       end = Arithmetic::kPartialSums && packed.words_per_sum < span.words - begin
                 ? begin + packed.words_per_sum
                 : span.words;
-      if (seg == 0 || Arithmetic::kScaled) {
+      if constexpr (Arithmetic::kScaled) {
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
-          Acc start;
-          if constexpr (!Arithmetic::kScaled) {
-            start = Simd::zero();
-          } else if constexpr (Arithmetic::kPartialSums) {
-            start = Simd::zero_word();
-          } else {
-            start = Simd::load_word(packed.start[seg] + row + v * kLanes);
-          }
+          const Acc start = Arithmetic::kPartialSums
+                                ? Simd::zero_word()
+                                : Simd::load_word(packed.start[seg] + row + v * kLanes);
 #pragma GCC unroll 16
           for (int i = 0; i < kTokens; ++i) acc[i][v] = start;
         }

@@ -19,7 +19,7 @@ struct Bf16 {
 
   static Acc dot_key(Acc sum, Word query, Word key) { return Simd::dot_bf16(sum, query, key); }
   static Acc dot_key_at(Acc sum, Word query, const std::byte* key) {
-    return dot_key(sum, query, Simd::broadcast_word(key));
+    return Simd::dot_bf16_at(sum, query, key);
   }
   static Acc dot_value(Acc sum, Word probability, Word value) {
     return Simd::dot_bf16(sum, probability, value);

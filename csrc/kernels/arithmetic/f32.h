@@ -23,7 +23,7 @@ struct F32 {
   }
   // The same with a key's word in memory.
   static Acc dot_key_at(Acc sum, Word query, const std::byte* key) {
-    return dot_key(sum, query, Simd::broadcast_word(key));
+    return Simd::fma_at(Simd::as_float(query), key, sum);
   }
   static Acc dot_value(Acc sum, Word probability, Word value) {
     return dot_key(sum, probability, value);

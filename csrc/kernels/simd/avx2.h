@@ -43,6 +43,9 @@ struct Avx2 {
   static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
   static Float div(Float a, Float b) { return _mm256_div_ps(a, b); }
   static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+  static Float fma_at(Float a, const void* b, Float c) {
+    return fma(a, as_float(broadcast_word(b)), c);
+  }
   static Float max(Float a, Float b) { return _mm256_max_ps(a, b); }
   static Float abs(Float a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
   static Float round(Float a) {

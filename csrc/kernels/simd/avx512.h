@@ -55,6 +55,10 @@ struct Avx512 {
   static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
   static Float div(Float a, Float b) { return _mm512_div_ps(a, b); }
   static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+  static Float fma_at(Float a, const void* b, Float c) {
+    asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(a), "m"(word_at(b)));
+    return c;
+  }
   static Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
   static Float abs(Float a) { return _mm512_abs_ps(a); }
   static Float round(Float a) {
@@ -108,8 +112,7 @@ struct Avx512 {
     return sum;
   }
   static Word dot_s16_at(Word sum, Word a, const void* b) {
-    using Aliasing [[gnu::may_alias]] = int32_t;
-    asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(a), "m"(*static_cast<const Aliasing*>(b)));
+    asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(a), "m"(word_at(b)));
     return sum;
   }
 
@@ -254,6 +257,12 @@ struct Avx512 {
   }
 
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+ protected:
+  // The word at an address, as an operand of the instructions that broadcast one: g++ 12 does not
+  // fold the load of a broadcast into them, and no compiler does into assembly.
+  using AliasingWord [[gnu::may_alias]] = int32_t;
+  static const AliasingWord& word_at(const void* p) { return *static_cast<const AliasingWord*>(p); }
 
  private:
   static __m256i load256(const void* p) {

@@ -11,6 +11,10 @@ struct Avx512Bf16 : Avx512 {
   static Float dot_bf16(Float sum, Word a, Word b) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
+  static Float dot_bf16_at(Float sum, Word a, const void* b) {
+    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(a), "m"(word_at(b)));
+    return sum;
+  }
   // Words of (low, high) bf16 pairs, lane by lane.
   static Word pair_bf16(Float low, Float high) {
     const Word both = reinterpret_cast<Word>(_mm512_cvtne2ps_pbh(high, low));

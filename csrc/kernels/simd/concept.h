@@ -2,6 +2,7 @@
 // means.
 //
 // - Float, Word: vectors of kLanes f32 / 32-bit words
+// - fma_at, dot_bf16_at, dot_s16_at: with the word at an address in every lane of the second factor
 // - max(a, b): b when either is NaN
 // - select_in_range: a where first <= t < limit, else b
 // - select_minus_infinity: a where x == -inf, else b
@@ -17,7 +18,7 @@
 // - restore16, restore8: the inverse order of dims, for f32 results of interleaved values
 // - dot_bf16, pair_bf16: f32 dot of bf16 pairs; words of (low, high) rounded to bf16
 // - exponent, mantissa: of positive normal values
-// - dot_s16: int32 dot of int16 pairs; dot_s16_at: with the word at an address, in every lane
+// - dot_s16: int32 dot of int16 pairs
 // - widen8, sub16, rescale16: 2 * kLanes byte codes as int16; (code << kShift) * factor / 2^15,
 //   rounded
 // - dot_u8s8: int32 dot of four codes, the first unsigned
@@ -43,6 +44,7 @@ concept SimdVocabulary =
       { S::load_word(cv) } -> std::same_as<typename S::Word>;
       { S::broadcast_word(cv) } -> std::same_as<typename S::Word>;
       { S::fma(f, f, f) } -> std::same_as<typename S::Float>;
+      { S::fma_at(f, cv, f) } -> std::same_as<typename S::Float>;
       { S::max(f, f) } -> std::same_as<typename S::Float>;
       { S::reduce_max(f) } -> std::same_as<float>;
       { S::to_float(w) } -> std::same_as<typename S::Float>;
@@ -61,6 +63,7 @@ concept SimdVocabulary =
       S::prefetch(cv);
       requires !S::kBf16Dot || requires {
         { S::dot_bf16(f, w, w) } -> std::same_as<typename S::Float>;
+        { S::dot_bf16_at(f, w, cv) } -> std::same_as<typename S::Float>;
         { S::pair_bf16(f, f) } -> std::same_as<typename S::Word>;
         S::interleave16(w, w, ws);
         S::restore16(fs);

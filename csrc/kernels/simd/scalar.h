@@ -37,6 +37,9 @@ struct Scalar {
   static Float mul(Float a, Float b) { return a * b; }
   static Float div(Float a, Float b) { return a / b; }
   static Float fma(Float a, Float b, Float c) { return a * b + c; }
+  static Float fma_at(Float a, const void* b, Float c) {
+    return fma(a, as_float(broadcast_word(b)), c);
+  }
   static Float max(Float a, Float b) { return blend(a > b, a, b); }
   static Float abs(Float a) { return as_float(as_word(a) & set_word(0x7fffffff)); }
   static Float round(Float a) {
