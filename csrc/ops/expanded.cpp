@@ -144,6 +144,20 @@ class Expansion {
             row};
   }
 
+  // Keys and values of a part, as a cache of which the heads are sequences.
+  CacheView expanded_cache(const AttentionParams& one, const Part& part) const {
+    CacheView cache = {};
+    cache.format = type_ == at::kFloat ? CacheFormat::kF32 : CacheFormat::kBf16;
+    cache.latent = static_cast<int32_t>(nope_);
+    cache.rope = one.cache.rope;
+    cache.value = static_cast<int32_t>(value_);
+    cache.kv_c = rows_from(keys_, part.begin, true);
+    cache.k_pe = rows_from(rope_, part.begin, false);
+    cache.v = rows_from(values_, part.begin, true);
+    cache.block_size = std::max(one.cache_seqlens[0], 1);
+    return cache;
+  }
+
   // Results over a part of the keys, without sink.
   struct Partial {
     Tensor out;  // f32 [heads, Sq, V]
@@ -157,24 +171,13 @@ class Expansion {
   // Attends to a part of the keys. Results go where the call wants them, or to `partial`.
   void attend_part(const AttentionParams& one, const Part& part, const Partial* partial) {
     expand(one, part);
-    const QueryTokens tokens = query_tokens(one, 0);
-    AttentionParams p = one;
-    // The kernels' sequences are heads.
-    p.batch = part.heads;
-    p.heads = 1;
-    p.q_len = tokens.count;
-    p.cu_seqlens_q = nullptr;
-    auto by_head = [&](const QueryRows& rows) {
-      return QueryRows{rows.data + tokens.begin * rows.stride[1] + part.first_head * rows.stride[2],
-                       {rows.stride[2], rows.stride[1], 0}};
-    };
-    p.q = by_head(one.q);
-    p.q_pe = by_head(one.q_pe);
-    p.out = by_head(one.out);
-    p.lse += part.first_head * one.lse_stride[1] + tokens.begin * one.lse_stride[2];
-    p.lse_stride[0] = one.lse_stride[1];
-    if (p.attn_sink) p.attn_sink += part.first_head;
-    p.attn_sink_stride[0] = 1;
+    lengths_.assign(static_cast<size_t>(part.heads), one.cache_seqlens[0]);
+    if (one.cache_leftpad) leftpads_.assign(static_cast<size_t>(part.heads), one.cache_leftpad[0]);
+    AttentionParams p = heads_as_sequences(one, part.first_head, part.heads, lengths_.data(),
+                                           one.cache_leftpad ? leftpads_.data() : nullptr);
+    p.cache = expanded_cache(one, part);
+    p.key_begin = part.begin;
+    p.key_end = part.end;
     if (partial) {
       const QueryRows rows = partial->rows();
       p.out = {rows.data, {rows.stride[2], rows.stride[1], 0}};
@@ -184,27 +187,6 @@ class Expansion {
       p.lse_stride[2] = 1;
       p.attn_sink = nullptr;
     }
-    p.cache = {};
-    p.cache.format = type_ == at::kFloat ? CacheFormat::kF32 : CacheFormat::kBf16;
-    p.cache.latent = static_cast<int32_t>(nope_);
-    p.cache.rope = one.cache.rope;
-    p.cache.value = static_cast<int32_t>(value_);
-    p.cache.kv_c = rows_from(keys_, part.begin, true);
-    p.cache.k_pe = rows_from(rope_, part.begin, false);
-    p.cache.v = rows_from(values_, part.begin, true);
-    p.cache.block_size = std::max(one.cache_seqlens[0], 1);
-    lengths_.assign(static_cast<size_t>(part.heads), one.cache_seqlens[0]);
-    p.cache_seqlens = lengths_.data();
-    if (one.cache_leftpad) {
-      leftpads_.assign(static_cast<size_t>(part.heads), one.cache_leftpad[0]);
-      p.cache_leftpad = leftpads_.data();
-    }
-    p.mask += part.first_head * one.mask_stride[1] + tokens.begin * one.mask_stride[2];
-    p.mask_stride[0] = one.mask_stride[1];
-    if (p.key_ranges) p.key_ranges += tokens.begin * one.key_ranges_stride[1];
-    p.key_ranges_stride[0] = 0;
-    p.key_begin = part.begin;
-    p.key_end = part.end;
     attention(p, thread_plan(), torch_executor());
   }
 

@@ -20,6 +20,12 @@ struct Projections {
 // The parameters of sequences [begin, end) of a call. Ragged tokens keep their numbers.
 AttentionParams of_sequences(const AttentionParams& p, int32_t begin, int32_t end);
 
+// The parameters of heads [first, first + count) of a call of one sequence, as sequences of one
+// head each. Their lengths and, unless null, left paddings: `count` times those of the sequence.
+// The cache is left to the caller.
+AttentionParams heads_as_sequences(const AttentionParams& one, int32_t first, int32_t count,
+                                   const int32_t* lengths, const int32_t* leftpads);
+
 // What the expanded form computes in: bf16 for bf16 queries where the CPU has such products; else,
 // and for fp16 queries, nothing coarser than f32.
 const char* expanded_arithmetic(ScalarType q);
