@@ -11,6 +11,8 @@ P = qk_nope_head_dim, V = v_head_dim, D = L + R. :mod:`torch_flash_mla.reference
 functions in readable float64; docs/cache_formats.md documents the bytes of the cache.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -395,6 +397,14 @@ def roof(arithmetic: str, iterations: int) -> float:
     return torch.ops.flashmla._roof(arithmetic, iterations)
 
 
-def allocate(q: Tensor, head_dim_v: int) -> tuple[Tensor, Tensor]:
-    """Uninitialised results of :func:`mla_attention`, to tell its overhead from an operator's."""
-    return torch.ops.flashmla._allocate(q, head_dim_v)
+def allocate(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """Uninitialised results of :func:`mla_attention` for its arguments (q [B, Sq, H, D] alone).
+
+    What any operator with these arguments costs, to tell the overhead of attention from it.
+    """
+    return torch.ops.flashmla._allocate(*arguments, **options)
+
+
+def append_nothing(*arguments: Any, **options: Any) -> None:
+    """Nothing, of the arguments of :func:`concat_and_cache_mla`: what any operator costs."""
+    torch.ops.flashmla._append_nothing(*arguments, **options)

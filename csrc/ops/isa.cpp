@@ -82,9 +82,20 @@ double roof(std::string_view arithmetic, int64_t iterations) {
   return static_cast<double>(context.flop);
 }
 
-std::tuple<Tensor, Tensor> allocate(const Tensor& q, int64_t head_dim_v) {
+std::tuple<Tensor, Tensor> allocate(
+    const Tensor& q, const Tensor& /*kv_cache*/, const OptionalTensor& /*block_table*/,
+    const Tensor& /*cache_seqlens*/, int64_t head_dim_v, double /*softmax_scale*/, bool /*causal*/,
+    const OptionalTensor& /*attn_mask*/, const OptionalTensor& /*cache_leftpad*/,
+    const OptionalTensor& /*indices*/, const OptionalTensor& /*topk_length*/,
+    const OptionalTensor& /*attn_sink*/, const OptionalTensor& /*q_pe*/,
+    const OptionalTensor& /*k_pe_cache*/, int64_t /*window*/, std::string_view /*kv_cache_dtype*/,
+    const OptionalTensor& /*cu_seqlens_q*/) {
   return {at::empty({q.size(0), q.size(1), q.size(2), head_dim_v}, q.options()),
           at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(at::kFloat))};
 }
+
+void append_nothing(const Tensor& /*kv_c*/, const Tensor& /*k_pe*/, const Tensor& /*kv_cache*/,
+                    const Tensor& /*slot_mapping*/, std::string_view /*kv_cache_dtype*/,
+                    const OptionalTensor& /*k_pe_cache*/) {}
 
 }  // namespace flashmla

@@ -6,20 +6,39 @@
 // gradients and vmap.
 #include <torch/library.h>
 
+#include <string>
+
 #include "ops/onednn.h"
 #include "ops/ops.h"
+
+namespace {
+
+// The schema of an operator with mla_attention's arguments and results.
+std::string attention_schema(const char* name) {
+  return name +
+         std::string(
+             "(Tensor q, Tensor kv_cache, Tensor? block_table, Tensor cache_seqlens, "
+             "int head_dim_v, float softmax_scale, bool causal=False, Tensor? attn_mask=None, "
+             "Tensor? cache_leftpad=None, Tensor? indices=None, Tensor? topk_length=None, "
+             "Tensor? attn_sink=None, Tensor? q_pe=None, Tensor? k_pe_cache=None, int window=0, "
+             "str kv_cache_dtype=\"auto\", Tensor? cu_seqlens_q=None) -> (Tensor out, Tensor lse)");
+}
+
+// The same for concat_and_cache_mla.
+std::string append_schema(const char* name) {
+  return name + std::string(
+                    "(Tensor kv_c, Tensor k_pe, Tensor(a!) kv_cache, Tensor slot_mapping, "
+                    "str kv_cache_dtype=\"auto\", Tensor(b!)? k_pe_cache=None) -> ()");
+}
+
+}  // namespace
 
 TORCH_LIBRARY(flashmla, m) {
   m.set_python_module("torch_flash_mla._fake");
 
   // Attention of ready queries (absorbed form): q [B, Sq, H, L + R], or q [B, Sq, H, L] with q_pe
   // [B, Sq, H, R].
-  m.def(
-      "mla_attention(Tensor q, Tensor kv_cache, Tensor? block_table, Tensor cache_seqlens, "
-      "int head_dim_v, float softmax_scale, bool causal=False, Tensor? attn_mask=None, "
-      "Tensor? cache_leftpad=None, Tensor? indices=None, Tensor? topk_length=None, "
-      "Tensor? attn_sink=None, Tensor? q_pe=None, Tensor? k_pe_cache=None, int window=0, "
-      "str kv_cache_dtype=\"auto\", Tensor? cu_seqlens_q=None) -> (Tensor out, Tensor lse)");
+  m.def(attention_schema("mla_attention").c_str());
 
   // Attention of queries as the model makes them, with the latent's up-projection: chooses the
   // form.
@@ -32,9 +51,7 @@ TORCH_LIBRARY(flashmla, m) {
       "Tensor? cu_seqlens_q=None, str form=\"auto\") -> (Tensor out, Tensor lse)");
 
   // The cache: write tokens, read them back dequantised, copy blocks.
-  m.def(
-      "concat_and_cache_mla(Tensor kv_c, Tensor k_pe, Tensor(a!) kv_cache, Tensor slot_mapping, "
-      "str kv_cache_dtype=\"auto\", Tensor(b!)? k_pe_cache=None) -> ()");
+  m.def(append_schema("concat_and_cache_mla").c_str());
   m.def(
       "gather_cache(Tensor kv_cache, Tensor? block_table, Tensor cache_seqlens, int head_dim_v, "
       "int head_dim, ScalarType dtype, str kv_cache_dtype=\"auto\", SymInt? max_seqlen=None) "
@@ -79,8 +96,9 @@ TORCH_LIBRARY(flashmla, m) {
   m.def("_compiler() -> str", &flashmla::compiler);
   m.def("_arithmetic(str kv_cache_dtype, ScalarType q) -> str", &flashmla::arithmetic);
   m.def("_roof(str arithmetic, int iterations) -> float", &flashmla::roof);
-  // What any operator costs that returns what mla_attention does.
-  m.def("_allocate(Tensor q, int head_dim_v) -> (Tensor out, Tensor lse)", &flashmla::allocate);
+  // What any operators cost that take and return what mla_attention and concat_and_cache_mla do.
+  m.def(attention_schema("_allocate").c_str(), &flashmla::allocate);
+  m.def(append_schema("_append_nothing").c_str(), &flashmla::append_nothing);
 }
 
 TORCH_LIBRARY_IMPL(flashmla, CPU, m) {

@@ -132,6 +132,15 @@ class Decode:
     topk: int = 0  # 0: dense; else so many random keys per query token
 
     def call(self) -> Callable[[], object]:
+        arguments, options = self._arguments()
+        return lambda: ops.mla_attention(*arguments, **options)
+
+    def empty(self) -> Callable[[], object]:
+        """A call with the same arguments that allocates the results, and nothing else."""
+        arguments, options = self._arguments()
+        return lambda: ops.allocate(*arguments, **options)
+
+    def _arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         cache, dims = self.cache, self.cache.dims
         batch = len(cache.cache_seqlens)
         width = dims.latent + dims.rope
@@ -148,22 +157,22 @@ class Decode:
         q_pe = None
         if cache.k_pe_cache is not None:
             q, q_pe = q.split([dims.latent, dims.rope], -1)
-        arguments = (q, cache.kv_cache, cache.block_table, cache.cache_seqlens, dims.latent)
-        options: dict[str, Any] = {
+        arguments = (
+            q,
+            cache.kv_cache,
+            cache.block_table,
+            cache.cache_seqlens,
+            dims.latent,
+            dims.scale,
+        )
+        options = {
             "causal": self.queries > 1,
             "indices": indices,
             "q_pe": q_pe,
             "k_pe_cache": cache.k_pe_cache,
             "kv_cache_dtype": cache.kv_cache_dtype,
         }
-        return lambda: ops.mla_attention(*arguments, dims.scale, **options)
-
-    def empty(self) -> Callable[[], object]:
-        """A call that allocates the results, and nothing else."""
-        batch, dims = len(self.cache.cache_seqlens), self.cache.dims
-        dtype = query_dtype(self.cache.format_name)
-        q = torch.empty(batch, self.queries, self.heads, dims.latent + dims.rope, dtype=dtype)
-        return lambda: ops.allocate(q, dims.latent)
+        return arguments, options
 
     @property
     def keys(self) -> int:
@@ -248,6 +257,15 @@ class Append:
     dims: Dims = Dims()
 
     def call(self) -> Callable[[], object]:
+        arguments = self._arguments()
+        return lambda: ops.concat_and_cache_mla(*arguments)
+
+    def empty(self) -> Callable[[], object]:
+        """A call with the same arguments that does nothing."""
+        arguments = self._arguments()
+        return lambda: ops.append_nothing(*arguments)
+
+    def _arguments(self) -> tuple[Any, ...]:
         torch.manual_seed(0)
         blocks = max(4, -(-self.tokens // BLOCK_SIZE))
         cache = paged_cache(self.format_name, [blocks * BLOCK_SIZE], self.dims)
@@ -255,8 +273,7 @@ class Append:
         kv_c = torch.randn(self.tokens, self.dims.latent).to(dtype)
         k_pe = torch.randn(self.tokens, self.dims.rope).to(dtype)
         slots = torch.randperm(blocks * BLOCK_SIZE)[: self.tokens]
-        arguments = (kv_c, k_pe, cache.kv_cache, slots, cache.kv_cache_dtype)
-        return lambda: ops.concat_and_cache_mla(*arguments)
+        return kv_c, k_pe, cache.kv_cache, slots, cache.kv_cache_dtype
 
     @property
     def bytes(self) -> float:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 
 import torch_flash_mla
-from torch_flash_mla import ops
 from torch_flash_mla.bench import baselines, cases, roof
 from torch_flash_mla.bench.measure import Effort, race
 
@@ -116,8 +115,8 @@ def _compare(row: Row, against: _Against) -> Row:
 def decode(options: Options) -> Iterator[Row]:
     """New tokens against a cache: GFLOP/s, memory, share of the roof, PyTorch.
 
-    With at most 64 keys a call is mostly overhead: ``above`` is the time above an operator that
-    allocates the results and does nothing.
+    With at most 64 keys a call is mostly overhead: ``above`` is the time above an operator of the
+    same arguments that allocates the results and does nothing.
     """
     for n_kv, format_name in itertools.product(options.lengths, options.formats):
         two_tensors = options.two_tensors and format_name in cases.FLOAT_FORMATS
@@ -243,16 +242,17 @@ def prefill(options: Options) -> Iterator[Row]:
 
 
 def append(options: Options) -> Iterator[Row]:
-    """New tokens into the cache. ``above`` is the time above an operator that does nothing."""
-    nothing = torch.empty(0, 2, dtype=torch.int64)
-    some_cache = torch.empty(1, 1, options.dims.latent)
+    """New tokens into the cache.
+
+    ``above`` is the time above an operator of the same arguments that does nothing.
+    """
     for tokens, format_name in itertools.product(options.lengths, options.formats):
         case = cases.Append(format_name, tokens, options.dims)
         call = case.call()
         contenders: dict[Hashable, Callable[[], object]] = {
             isa: roof.on_level(isa, call) for isa in options.isas
         }
-        empty = roof.on_level(options.isas[-1], lambda: ops.copy_blocks(some_cache, nothing))
+        empty = roof.on_level(options.isas[-1], case.empty())
         with torch.inference_mode():
             seconds = race({**contenders, "empty": empty}, options.effort)
         for isa in options.isas:
