@@ -14,7 +14,7 @@ import torch
 from mla_cases import FACTORS, FORMATS, Case, check, make_problem, pairwise, possible, random_case
 
 import torch_flash_mla
-from torch_flash_mla import ops
+from torch_flash_mla import ops, reference
 
 ISAS = torch_flash_mla.available_isas()
 COVER = [Case(**c) for c in pairwise({"isa": ISAS, **FACTORS}, possible)]
@@ -64,6 +64,46 @@ def test_pooled_error_of_packed_formats(cache_format, kind, isa):
     assert pooled <= mla_cases.POOLED_RATIO[case.arithmetic][kind]
     assert worst <= mla_cases.PACKED_RATIO[case.arithmetic]
     assert (lse - stored_lse).abs().max() <= mla_cases.PACKED_LSE_ERROR[case.arithmetic][kind]
+
+
+@pytest.mark.parametrize("keys", ["all", "causal", "leftpad", "bool_mask", "each"])
+@pytest.mark.parametrize("heads", [1, 16, 20, 64, 128])
+@pytest.mark.parametrize(
+    "isa", [i for i in ISAS if mla_cases.arithmetic(i, "q8_kv", torch.float32) == "INT8"]
+)
+def test_large_logits_are_refined(isa, heads, keys):
+    """Rounded queries alone would leave logits this large off by up to 0.3."""
+    case = Case(isa, "q8_kv", heads, length=700, q_len=3, keys=keys)
+    problem = make_problem(case, q_factor=5)
+    out, lse = run(case, problem)
+    check(problem, out, lse)
+    expected = problem.expected()[1]
+    error = (lse.double() - expected).masked_fill(expected == -torch.inf, 0).abs().max()
+    assert error <= 5e-3
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_code_that_no_encoder_writes(isa):
+    """-128 in q8_0: integer sums hold it too."""
+    cache = torch.full((1, 128, 612), 0x80, dtype=torch.uint8)
+    cache[..., 576:] = torch.ones(18, dtype=torch.float16).view(torch.uint8)
+    q = torch.zeros(1, 1, 1, 576)
+    for first, value in ((0, 1e-4), (0, 1e-2), (512, 1e-2)):
+        q[..., first : first + 64] = value
+        arguments = {
+            "q": q,
+            "kv_cache": cache,
+            "block_table": torch.zeros(1, 1, dtype=torch.int32),
+            "cache_seqlens": torch.tensor([128], dtype=torch.int32),
+            "head_dim_v": 512,
+            "softmax_scale": 0.1,
+            "kv_cache_dtype": "q8_0",
+        }
+        with torch_flash_mla.force_isa(isa):
+            out, lse = ops.mla_attention(**arguments)
+        expected, expected_lse = reference.mla_attention(**arguments)
+        assert torch.allclose(out.double(), expected, rtol=1e-3)
+        assert torch.allclose(lse.double(), expected_lse, rtol=1e-3, atol=1e-3)
 
 
 def test_cover_has_every_pair():

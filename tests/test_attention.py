@@ -120,6 +120,14 @@ class TestEachArithmetic:
         problem.arguments["softmax_scale"] = 0.0
         check(problem, *run(problem))
 
+    def test_zero_scale_with_skipped_entries(self, case):
+        """Tiles of a list whose entries are all skipped add nothing, whatever the scale."""
+        problem = make_problem(case, [300, 31])
+        indices = torch.full((2, 1, 300), -1, dtype=torch.int32)
+        indices[:, :, 260:270] = torch.arange(10, dtype=torch.int32)
+        problem.arguments |= {"softmax_scale": 0.0, "indices": indices}
+        check(problem, *run(problem))
+
     def test_non_finite_input_stays_in_its_row(self, case):
         """A NaN in one query changes that query only; one in a visible key, that sequence only."""
         problem = make_problem(case, [200, 31])

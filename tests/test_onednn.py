@@ -84,7 +84,7 @@ def test_integers_are_those_of_avx512(cache_format, dims):
         (64, 2, 61, "float_mask"),
     ):
         case = Case("onednn", cache_format, heads, dims, page, 290, q_len, keys=keys)
-        arguments = make_problem(case).arguments
+        arguments = make_problem(case, key_factor=4).arguments  # some scores are refined
         before = ops.onednn_stats()[0]
         results = attention("onednn", arguments)
         assert ops.onednn_stats()[0] > before

@@ -98,8 +98,8 @@ class OwnProducts {
  public:
   static constexpr bool kLent = false;
   static constexpr bool kQuads = flashmla::kQuads<Simd, Arithmetic>;  // how queries are packed
-  static constexpr int32_t kTokens = kPage;    // that are neighbours in a tile read in place
-  static constexpr bool kSplitsLines = false;  // of such a tile, whatever the number of query rows
+  static constexpr int32_t kTokens = kPage;   // that are neighbours in a tile read in place
+  static constexpr bool kReadsWords = false;  // keys word by word: rows may cross cache lines
 
   explicit OwnProducts(const MatrixEngine*) {}
 
@@ -146,7 +146,7 @@ void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, St
   const bool packed = Arithmetic::kScaled;
   const bool direct =
       native && suits_direct<Simd, Arithmetic>(p.cache, item.sequence, layout, Products::kTokens,
-                                               rows, Products::kSplitsLines);
+                                               rows, Products::kReadsWords);
   const int64_t row_scale = packed ? layout.latent + layout.rope : 0;
   const Tiles tiles(p.cache, item.sequence, layout, stage, direct, Products::kTokens, row_scale,
                     s.staged);
@@ -157,6 +157,10 @@ void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, St
     int32_t next = (at / shape.tile + 1) * shape.tile;
     if (next > end) next = end;
     const int32_t count = p.indices ? list_positions(p, item, at, next, s.positions) : next - at;
+    if (count == 0) {  // a list whose entries are all skipped
+      at = next;
+      continue;
+    }
     const Tile tile = p.indices ? tiles.gather(s.positions, at, count) : tiles(at, next, end);
     const bool edge =
         (!p.indices && (at < all_begin || next > all_end)) || tile.tokens != tile.valid;

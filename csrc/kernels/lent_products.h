@@ -26,7 +26,7 @@ class LentProducts {
   static constexpr bool kLent = true;
   static constexpr bool kQuads = false;
   static constexpr int32_t kTokens = kLentTokens;  // evenly spaced in memory
-  static constexpr bool kSplitsLines = true;       // products read keys word by word
+  static constexpr bool kReadsWords = true;
 
   explicit LentProducts(const MatrixEngine* engine) : engine_(*engine) {}
 
@@ -54,7 +54,6 @@ class LentProducts {
     // Products add to what is there.
     if (output.first)
       __builtin_memset(output.rows, 0, static_cast<size_t>(rows) * static_cast<size_t>(width) * 4);
-    if (tile.tokens == 0) return;  // a list whose entries are all skipped
     const int32_t depth = round_up(tile.tokens, kTokens);
     interleave_values(tile, depth, width, s);
     transpose_probabilities(tile, depth, rows, s);

@@ -108,7 +108,7 @@ void encode_query(ScalarType type, const std::byte* from, int32_t count, float s
       Arithmetic::store_query(to + (at + i) * Arithmetic::kBytes, x);
     }
   }
-  if constexpr (Arithmetic::kScaled) *start = Arithmetic::query_start(to, count);
+  if constexpr (Arithmetic::kBiased) *start = Arithmetic::query_start(to, count);
 }
 
 // Queries that already are rows of the arithmetic (of its only type of that size) in whole vectors

@@ -14,14 +14,16 @@
 namespace flashmla {
 namespace {
 
-// Which tokens of a tile have logits that rounding moves by more than the tolerance. A query code
-// is off by a twelfth, squared and on average; 40 stands for a key code. Normal noise of 512 values
-// and logits of standard deviation 1.7 stays at half of the tolerance.
+// Which tokens of a tile have logits that rounding is expected to move by more than the tolerance:
+// the error of a query code has variance 1/12, key codes count with the root of their mean square,
+// and errors are taken as independent. The largest query scale of the row block stands for all of
+// its rows. Normal noise of 512 values and logits of standard deviation 1.7 stays at half of the
+// tolerance.
 class QueryRounding {
  public:
   QueryRounding(const PackedQueries& query, int32_t rows, const RowLayout& layout) {
-    constexpr float kKeyCode = 40, kTolerance = 0.05f;  // log2 units
-    const float per_value = kKeyCode * kKeyCode / 12 / (kTolerance * kTolerance);
+    constexpr float kKeyRms = 40, kTolerance = 0.05f;  // log2 units
+    const float per_value = kKeyRms * kKeyRms / 12 / (kTolerance * kTolerance);
     for (int seg = 0; seg < 2; ++seg) {
       float most = 0;
       for (int32_t r = 0; r < rows; ++r)
@@ -69,8 +71,10 @@ class QueryRounding {
 template <class Simd, class Arithmetic, bool kByQuads, int kVectors>
 void refine_rows(const Tile& tile, const QueryRounding& rounding, int32_t row, int32_t rows,
                  const std::byte* query, const Scratch& s) {
-  constexpr bool kQuad = kByQuads && kVectors == 1;
-  constexpr int kTokens = kQuad ? 4 : Simd::kRegisters / 2 / kVectors;
+  // Which tokens are refined depends on the instruction set alone, not on how queries are packed.
+  constexpr bool kFew = flashmla::kQuads<Simd, Arithmetic> && kVectors == 1;
+  constexpr bool kQuad = kByQuads && kFew;
+  constexpr int kTokens = kFew ? 4 : Simd::kRegisters / 2 / kVectors;
   for (int32_t t = 0; t < tile.tokens; t += kTokens) {
     if (!rounding.matters(tile, t, t + kTokens)) continue;
     if constexpr (kQuad) {

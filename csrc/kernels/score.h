@@ -61,9 +61,9 @@ void score_block(const Tile& tile, int32_t t, const std::byte* query, const Scra
       if constexpr (Arithmetic::kScaled) {
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
-          const Acc start = Arithmetic::kPartialSums
-                                ? Simd::zero_word()
-                                : Simd::load_word(packed.start[seg] + row + v * kLanes);
+          const Acc start = Arithmetic::kBiased
+                                ? Simd::load_word(packed.start[seg] + row + v * kLanes)
+                                : Simd::zero_word();
 #pragma GCC unroll 16
           for (int i = 0; i < kTokens; ++i) acc[i][v] = start;
         }

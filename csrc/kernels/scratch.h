@@ -20,7 +20,7 @@ constexpr int32_t kLentRows = 64;  // at most, of one product
 struct PackedQueries {
   std::byte* words;       // [row vector block][word][row]: 32-bit words
   float* scale[2];        // [rows] per segment (scaled arithmetics)
-  int32_t* start[2];      // [rows] per segment: of the accumulators
+  int32_t* start[2];      // [rows] per segment: of the accumulators (biased arithmetics)
   int32_t words_per_sum;  // that accumulators take, if they are less than a segment
 };
 

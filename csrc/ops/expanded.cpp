@@ -224,7 +224,7 @@ class Expansion {
         m.out.data += tokens.begin * one.out.stride[1] + first_head * one.out.stride[2];
         m.lse = one.lse + tokens.begin * one.lse_stride[2] + first_head * one.lse_stride[1];
         std::copy(one.lse_stride, one.lse_stride + 3, m.lse_stride);
-        if (one.attn_sink) m.attn_sink = one.attn_sink + first_head;
+        if (one.attn_sink) m.attn_sink = one.attn_sink + first_head * one.attn_sink_stride[1];
       }
       merge_states(m, torch_executor());
     }

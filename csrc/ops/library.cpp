@@ -96,7 +96,8 @@ TORCH_LIBRARY(flashmla, m) {
   m.def("_compiler() -> str", &flashmla::compiler);
   m.def("_arithmetic(str kv_cache_dtype, ScalarType q) -> str", &flashmla::arithmetic);
   m.def("_roof(str arithmetic, int iterations) -> float", &flashmla::roof);
-  // What any operators cost that take and return what mla_attention and concat_and_cache_mla do.
+  // mla_attention that only allocates its results, concat_and_cache_mla that does nothing: what is
+  // not theirs of the time of a call.
   m.def(attention_schema("_allocate").c_str(), &flashmla::allocate);
   m.def(append_schema("_append_nothing").c_str(), &flashmla::append_nothing);
 }

@@ -14,6 +14,7 @@ struct Bf16 {
   static constexpr int kGroup = 2;
   static constexpr int kBytes = 2;
   static constexpr bool kScaled = false;
+  static constexpr bool kBiased = false;
   static constexpr bool kResidual = false;
   static constexpr bool kPartialSums = false;
 

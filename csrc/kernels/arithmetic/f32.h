@@ -14,6 +14,7 @@ struct F32 {
   static constexpr int kGroup = 1;        // elements per 32-bit word
   static constexpr int kBytes = 4;        // bytes per element
   static constexpr bool kScaled = false;  // rows carry scales, accumulators are integers
+  static constexpr bool kBiased = false;  // accumulators start from a value of the query
   static constexpr bool kResidual =
       false;  // queries may need what rounding leaves of them (refine.h)
   static constexpr bool kPartialSums = false;  // accumulators may take but a part of a segment

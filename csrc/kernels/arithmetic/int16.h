@@ -20,16 +20,15 @@ struct Int16 {
   static constexpr int kGroup = 2;
   static constexpr int kBytes = 2;
   static constexpr bool kScaled = true;
+  static constexpr bool kBiased = false;
   static constexpr bool kResidual = false;
   static constexpr bool kPartialSums = true;
   static constexpr float kKeyMax = 11585.0f;
   static constexpr float kProbabilityMax = 1448.0f;  // 11585 * 1448 * 128 < 2^31
 
-  // Values that one accumulator sums. The fewer, the finer the codes of the queries; keys of eight
-  // bits leave enough of 31 in any case.
-  static constexpr int32_t values_per_sum(int32_t key_max) {
-    return key_max <= 128 ? INT32_MAX : 64;
-  }
+  // Values that one accumulator sums. The fewer, the finer the codes of the queries; with keys of
+  // eight bits they have all of 16 (128 * 32767 * 512 < 2^31).
+  static constexpr int32_t values_per_sum(int32_t key_max) { return key_max <= 128 ? 512 : 64; }
   // Query codes per unit, for a segment with the largest magnitude `most`, whose magnitudes sum up
   // to `sum` * 2^20 at most over `length` values that share an accumulator. key_max times the sum
   // of their codes must fit int32; rounding adds half a code each, and the float sum is good to 1 /
@@ -40,7 +39,6 @@ struct Int16 {
     const float range = 32767 / most;
     return room < range ? room : range;
   }
-  static int32_t query_start(const std::byte*, int32_t) { return 0; }
 
   static Acc dot_key(Acc sum, Word query, Word key) { return Simd::dot_s16(sum, query, key); }
   static Acc dot_key_at(Acc sum, Word query, const std::byte* key) {

@@ -20,6 +20,7 @@ struct Int8 {
   static constexpr int kGroup = 4;
   static constexpr int kBytes = 1;
   static constexpr bool kScaled = true;
+  static constexpr bool kBiased = true;
   static constexpr bool kResidual = true;
   static constexpr bool kPartialSums = false;
   static constexpr float kKeyMax = 127.0f;

@@ -93,7 +93,7 @@ struct Q8_0 {
                       std::byte* to) {
     using Word = typename Simd::Word;
     return recode_blocks<Simd, 1>(
-        scales, count / kBlock, 127, Int16<Simd>::kKeyMax, 128,
+        scales, count / kBlock, 128, Int16<Simd>::kKeyMax, 128,
         [&](int32_t b, Word factors, int lane) {
           for (int i = b * kBlock; i < (b + 1) * kBlock; i += 2 * Simd::kLanes) {
             Simd::store_word(

@@ -261,7 +261,7 @@ struct Avx512 {
  protected:
   // The word at an address, as an operand of the instructions that broadcast one: g++ 12 does not
   // fold the load of a broadcast into them, and no compiler does into assembly.
-  using AliasingWord [[gnu::may_alias]] = int32_t;
+  using AliasingWord [[gnu::may_alias, gnu::aligned(1)]] = int32_t;
   static const AliasingWord& word_at(const void* p) { return *static_cast<const AliasingWord*>(p); }
 
  private:
