@@ -203,14 +203,14 @@ struct Q4Kv {
     const Planes from = planes(codes, layout.latent, layout.rope);
     const int32_t blocks = layout.latent / kBlock;
     const float scale = recode_blocks<Simd, Simd::kBytes / kBlock>(
-        from.scales, blocks, 127, Int16<Simd>::kKeyMax, 128,
+        from.scales, blocks, 127, Int16<Simd>::kKeyMax, 256,
         [&](int32_t b, Word factors, int lane) {
           alignas(64) std::byte level[Simd::kBytes];
           Simd::store_word(level, levels<Simd>(from.nibbles, b, blocks));
           for (int i = 0; i < Simd::kBytes; i += kWide) {
             const auto code = Simd::widen8(level + i, 0);
             Simd::store_word(row + 2 * (b * kBlock + i),
-                             Simd::template rescale16<8>(code, factors, lane + i / kBlock));
+                             Simd::template rescale16<7>(code, factors, lane + i / kBlock));
           }
         });
     for (int32_t i = 0; i < layout.rope; i += kWide) {

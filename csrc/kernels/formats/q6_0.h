@@ -171,14 +171,14 @@ struct Q6_0 {
     using Word = typename Simd::Word;
     constexpr int kStep = Simd::kBytes / kBlock, kWide = 2 * Simd::kLanes;
     return recode_blocks<Simd, kStep>(
-        planes(codes, d, first).scales, blocks, 32, Int16<Simd>::kKeyMax, 32,
+        planes(codes, d, first).scales, blocks, 32, Int16<Simd>::kKeyMax, 64,
         [&](int32_t b, Word factors, int lane) {
           alignas(64) std::byte u[Simd::kBytes];
           Simd::store_word(u, unpack<Simd>(codes, d, first + b, first + blocks));
           for (int i = 0; i < Simd::kBytes; i += kWide) {
             const auto code = Simd::sub16(Simd::widen8(u + i, 0), 32);
             Simd::store_word(to + 2 * (b * kBlock + i),
-                             Simd::template rescale16<10>(code, factors, lane + i / kBlock));
+                             Simd::template rescale16<9>(code, factors, lane + i / kBlock));
           }
         });
   }

@@ -93,11 +93,11 @@ struct Q8_0 {
                       std::byte* to) {
     using Word = typename Simd::Word;
     return recode_blocks<Simd, 1>(
-        scales, count / kBlock, 128, Int16<Simd>::kKeyMax, 128,
+        scales, count / kBlock, 128, Int16<Simd>::kKeyMax, 256,
         [&](int32_t b, Word factors, int lane) {
           for (int i = b * kBlock; i < (b + 1) * kBlock; i += 2 * Simd::kLanes) {
             Simd::store_word(
-                to + 2 * i, Simd::template rescale16<8>(Simd::widen8(codes + i, 0), factors, lane));
+                to + 2 * i, Simd::template rescale16<7>(Simd::widen8(codes + i, 0), factors, lane));
           }
         });
   }
