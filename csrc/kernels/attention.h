@@ -98,8 +98,7 @@ class OwnProducts {
  public:
   static constexpr bool kLent = false;
   static constexpr bool kQuads = flashmla::kQuads<Simd, Arithmetic>;  // how queries are packed
-  static constexpr int32_t kTokens = kPage;   // that are neighbours in a tile read in place
-  static constexpr bool kReadsWords = false;  // keys word by word: rows may cross cache lines
+  static constexpr int32_t kTokens = kPage;  // that are neighbours in a tile read in place
 
   explicit OwnProducts(const MatrixEngine*) {}
 
@@ -144,9 +143,8 @@ void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, St
   for (int32_t r = 0; r < rows; ++r) s.maximum[r] = -__builtin_inff(), s.sum[r] = 0;
 
   const bool packed = Arithmetic::kScaled;
-  const bool direct =
-      native && suits_direct<Simd, Arithmetic>(p.cache, item.sequence, layout, Products::kTokens,
-                                               rows, Products::kReadsWords);
+  const bool direct = native && suits_direct<Simd, Arithmetic>(p.cache, item.sequence, layout,
+                                                               Products::kTokens, rows);
   const int64_t row_scale = packed ? layout.latent + layout.rope : 0;
   const Tiles tiles(p.cache, item.sequence, layout, stage, direct, Products::kTokens, row_scale,
                     s.staged);

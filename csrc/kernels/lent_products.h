@@ -26,7 +26,6 @@ class LentProducts {
   static constexpr bool kLent = true;
   static constexpr bool kQuads = false;
   static constexpr int32_t kTokens = kLentTokens;  // evenly spaced in memory
-  static constexpr bool kReadsWords = true;
 
   explicit LentProducts(const MatrixEngine* engine) : engine_(*engine) {}
 

@@ -161,28 +161,21 @@ class Tiles {
 };
 
 // Whether rows of `stride` bytes spread over the L1 cache well enough to be read in place by `rows`
-// query rows. Strides that share a large power of two fall into few sets; rows that are not a whole
-// number of cache lines split every load, which pays only while few query rows use it, or where
-// loads are no longer than words (split_lines).
-[[maybe_unused]] inline bool spreads(int64_t stride, int32_t rows, bool split_lines) {
-  if (stride % kCacheLine != 0) return split_lines || rows <= 32;
-  int64_t lines = stride / kCacheLine, shared = 1;
-  while (lines % 2 == 0 && shared < 64) {
-    lines /= 2;
-    shared *= 2;
-  }
-  return shared <= 2 || rows < 32;
+// query rows: strides that share a large power of two fall into few of its sets, so that rows of
+// values are gone before the next few query rows want them.
+[[maybe_unused]] inline bool spreads(int64_t stride, int32_t rows) {
+  return stride % (8 * kCacheLine) != 0 || rows < 32;
 }
 
 // Whether tiles of whole pages can be read in place: the tokens of a page are neighbours in memory,
 // every row is whole vectors and words of the arithmetic, and the strides suit the cache.
 template <class Simd, class Arithmetic>
 bool suits_direct(const CacheView& cache, int32_t sequence, const RowLayout& layout, int32_t page,
-                  int32_t rows, bool split_lines) {
+                  int32_t rows) {
   return Slots(cache, sequence).whole_pages(page) && layout.value == layout.value_width &&
          layout.latent % Arithmetic::kGroup == 0 && layout.rope % Arithmetic::kGroup == 0 &&
-         spreads(cache.kv_c.token_stride, rows, split_lines) &&
-         (layout.value_offset == 0 || spreads(cache.v.token_stride, rows, split_lines));
+         spreads(cache.kv_c.token_stride, rows) &&
+         (layout.value_offset == 0 || spreads(cache.v.token_stride, rows));
 }
 
 }  // namespace
