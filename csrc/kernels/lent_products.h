@@ -5,7 +5,7 @@
 // undoes.
 //
 // Shapes are few, since an engine compiles each: kTokens tokens at a time, query rows in blocks of
-// 64, 32 and 16 (row_vectors), values kColumns at a time where a tile has sums of its own.
+// 64, 32 and 16 (row_vectors), and where a tile has sums of its own, values kColumns at a time.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -57,26 +57,27 @@ class LentProducts {
     interleave_values(tile, depth, width, s);
     transpose_probabilities(tile, depth, rows, s);
     const int vectors = rows / kLanes;
-    for (int v = 0; v < vectors;) {
-      const int count = row_vectors<Simd>(v, vectors);
-      const int32_t row = v * kLanes, m = count * kLanes;
-      const std::byte* p = s.weights + static_cast<int64_t>(row) * depth * Arithmetic::kBytes;
-      float* out = output.rows + static_cast<int64_t>(row) * width;
-      if constexpr (kScaled) {
-        for (int32_t d = 0; d < width; d += kColumns) {
-          const int32_t n = width - d < kColumns ? width - d : kColumns;
+    const int32_t step = kScaled ? kColumns : width;
+    for (int32_t d = 0; d < width; d += step) {
+      const int32_t n = width - d < step ? width - d : step;
+      for (int v = 0; v < vectors;) {
+        const int count = row_vectors<Simd>(v, vectors);
+        const int32_t row = v * kLanes, m = count * kLanes;
+        const std::byte* p = s.weights + static_cast<int64_t>(row) * depth * Arithmetic::kBytes;
+        float* out = output.rows + static_cast<int64_t>(row) * width + d;
+        if constexpr (kScaled) {
           multiply({m, n, depth, depth, width, n, false}, p, s.values + d * 4, s.product);
           for (int32_t r = 0; r < m; ++r)
             add_product(s.product + static_cast<int64_t>(r) * n * 4, n, row + r,
-                        out + static_cast<int64_t>(r) * width + d, s);
+                        out + static_cast<int64_t>(r) * width, s);
+        } else {
+          for (int32_t r = 0; r < m; ++r)
+            correct(out + static_cast<int64_t>(r) * width, width, s.correction[row + r]);
+          multiply({m, width, depth, depth, width, width, true}, p, s.values,
+                   reinterpret_cast<std::byte*>(out));
         }
-      } else {
-        for (int32_t r = 0; r < m; ++r)
-          correct(out + static_cast<int64_t>(r) * width, width, s.correction[row + r]);
-        multiply({m, width, depth, depth, width, width, true}, p, s.values,
-                 reinterpret_cast<std::byte*>(out));
+        v += count;
       }
-      v += count;
     }
   }
 

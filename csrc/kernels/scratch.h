@@ -13,7 +13,7 @@ namespace {
 // How LentProducts (lent_products.h) cuts a tile: tokens of one product of scores, values of one
 // product that has sums of its own.
 constexpr int32_t kLentTokens = 64;
-constexpr int32_t kLentColumns = 256;
+constexpr int32_t kLentColumns = 128;
 constexpr int32_t kLentRows = 64;  // at most, of one product
 
 // The queries of a work item as operands of score().
