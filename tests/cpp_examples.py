@@ -48,10 +48,22 @@ def attention_demo(layer: Layer) -> Tensor:
     return torch.stack(rows)
 
 
+# A package computes norms in another order than eager mode, so 8-bit codes of cache and queries may
+# round otherwise: logits differ by this part of the largest. Of two tokens as likely as each other
+# eager mode may prefer the other one.
+PACKAGE_TOLERANCE = 2e-3
+
+
 @torch.no_grad()
-def decode(step: Layer, prompt: bytes, new_tokens: int) -> list[int]:
-    """decode.cpp: ids of the prompt and of the tokens that the tiny model adds."""
+def decode(
+    step: Layer, prompt: bytes, new_tokens: int, follow: list[int] | None = None
+) -> tuple[list[int], torch.Tensor]:
+    """decode.cpp: ids of the prompt and of the tokens that the tiny model adds; their logits.
+
+    ``follow``: takes the new tokens from there.
+    """
     tokens, block_size, blocks = list(prompt), 64, 32
+    all_logits = []
     caches = [torch.empty(blocks, block_size, 512 + 64 + 8, dtype=torch.uint8) for _ in range(4)]
     table = torch.arange(blocks, dtype=torch.int32).unsqueeze(0)
     done = 0
@@ -61,5 +73,6 @@ def decode(step: Layer, prompt: bytes, new_tokens: int) -> list[int]:
         done = len(tokens)
         length = torch.tensor([done], dtype=torch.int32)
         logits = step(new, caches, table, length, slots)
-        tokens.append(int(logits[0, -1].argmax()))
-    return tokens
+        all_logits.append(logits[0, -1])
+        tokens.append(follow[done] if follow else int(logits[0, -1].argmax()))
+    return tokens, torch.stack(all_logits)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cpp_examples import attention_demo, decode, slots_of
+from cpp_examples import PACKAGE_TOLERANCE, attention_demo, decode, slots_of
 from programs import load_program, run_python
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -240,7 +240,7 @@ torch.ops.load_library(sys.argv[2])
 layer = torch._inductor.aoti_load_package(sys.argv[1] + "/attention.pt2")
 step = torch._inductor.aoti_load_package(sys.argv[1] + "/tiny_model.pt2")
 assert "torch_flash_mla" not in sys.modules
-print([attention_demo(layer).tolist(), decode(step, b"import os", 40)])
+print([attention_demo(layer).tolist(), decode(step, b"import os", 40)[0]])
 """,
         exported,
         Path(torch_flash_mla.__file__).with_name("_C.so"),
@@ -248,7 +248,10 @@ print([attention_demo(layer).tolist(), decode(step, b"import os", 40)])
     rows, tokens = eval(output)
     assert_near(torch.tensor(rows), attention_demo(export.attention_layer()), 5e-3)
     step = export.decoder_step()
-    assert tokens == decode(step, b"import os", 40)
+    _, logits = decode(step, b"import os", 40, follow=tokens)
+    chosen = logits.gather(1, torch.tensor(tokens[-40:]).unsqueeze(1)).squeeze(1)
+    assert (logits.amax(dim=1) - chosen).max() <= 2 * PACKAGE_TOLERANCE * logits.abs().max()
+    eager, _ = decode(step, b"import os", 40)
     ids = torch.tensor([list(b"import os")])
     patch(step.model, export.KV_CACHE_DTYPE)
-    assert tokens == step.model.generate(ids, max_new_tokens=40, do_sample=False)[0].tolist()
+    assert eager == step.model.generate(ids, max_new_tokens=40, do_sample=False)[0].tolist()
