@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from decode_step import append_and_attend
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from transformers import Cache, PreTrainedModel, StaticCache
@@ -53,41 +54,6 @@ def model_of(family: str) -> PreTrainedModel:
 
 
 LATENT, ROPE, NOPE, VALUE, HEADS, BLOCK_SIZE = 64, 32, 16, 24, 3, 8
-
-
-def append_and_attend(
-    kv_c: Tensor,
-    k_pe: Tensor,
-    slot_mapping: Tensor,
-    q: Tensor,
-    w_kv_b: Tensor,
-    kv_cache: Tensor,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
-    kv_cache_dtype: str,
-) -> tuple[Tensor, Tensor]:
-    ops.concat_and_cache_mla(kv_c, k_pe, kv_cache, slot_mapping, kv_cache_dtype)
-    out, _ = ops.mla_attention_kv_b(
-        q,
-        kv_cache,
-        block_table,
-        cache_seqlens,
-        w_kv_b,
-        VALUE,
-        0.2,
-        causal=True,
-        kv_cache_dtype=kv_cache_dtype,
-    )
-    rows = ops.gather_cache(
-        kv_cache,
-        block_table,
-        cache_seqlens,
-        LATENT,
-        LATENT + ROPE,
-        torch.float32,
-        kv_cache_dtype,
-    )
-    return out.flatten(2).sin(), rows
 
 
 def sized_arguments(

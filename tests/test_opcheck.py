@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from decode_step import append_and_attend
 from torch import Tensor
 
 from torch_flash_mla import ops, reference
@@ -336,36 +337,6 @@ def test_backward_over_a_mutated_cache_is_refused() -> None:
 # torch.compile, torch.jit.script
 
 
-def step(
-    kv_c: Tensor,
-    k_pe: Tensor,
-    slots: Tensor,
-    q: Tensor,
-    w_kv_b: Tensor,
-    kv_cache: Tensor,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
-    kv_cache_dtype: str,
-) -> tuple[Tensor, Tensor]:
-    """One layer's work in a decode step: write the new tokens, attend, and look at the cache."""
-    ops.concat_and_cache_mla(kv_c, k_pe, kv_cache, slots, kv_cache_dtype)
-    out, _ = ops.mla_attention_kv_b(
-        q,
-        kv_cache,
-        block_table,
-        cache_seqlens,
-        w_kv_b,
-        24,
-        0.2,
-        True,
-        kv_cache_dtype=kv_cache_dtype,
-    )
-    rows = ops.gather_cache(
-        kv_cache, block_table, cache_seqlens, 64, 96, torch.float32, kv_cache_dtype
-    )
-    return out * 2, rows
-
-
 def step_arguments(case: Case, batch: int) -> tuple[Any, ...]:
     lengths = torch.randint(1, 24, (batch,), dtype=torch.int32)
     table = torch.randint(0, 10, (batch, 3), dtype=torch.int32)
@@ -403,13 +374,13 @@ def test_compile_training_step(backend: str) -> None:
 def test_export() -> None:
     class Layer(torch.nn.Module):
         def forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-            return step(*arguments, "auto")
+            return append_and_attend(*arguments, "auto")
 
     case = Case("float32")
     arguments = step_arguments(case, 3)[:-1]
     program = torch.export.export(Layer(), arguments).run_decompositions()
     before = case.kv_cache.clone()
-    expected = step(*arguments, "auto")
+    expected = append_and_attend(*arguments, "auto")
     case.kv_cache.copy_(before)
     torch.testing.assert_close(program.module()(*arguments), expected)
 
@@ -417,7 +388,9 @@ def test_export() -> None:
 def test_script() -> None:
     case = Case("q8_kv")
     arguments = step_arguments(case, 3)
-    torch.testing.assert_close(torch.jit.script(step)(*arguments), step(*arguments))
+    torch.testing.assert_close(
+        torch.jit.script(append_and_attend)(*arguments), append_and_attend(*arguments)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -8,7 +8,7 @@
 namespace flashmla {
 
 // The model: microseconds of one core, of which only ratios matter. Rates were measured with
-// `bench prefill --form both` on one core of a Zen 4 server; between instruction sets and machines
+// `bench prefill --forms all` on one core of a Zen 4 server; between instruction sets and machines
 // they move together.
 namespace {
 

@@ -14,13 +14,14 @@ namespace flashmla {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-std::tuple<Tensor, Tensor> mla_attention(
+using AttentionOperator = std::tuple<Tensor, Tensor>(
     const Tensor& q, const Tensor& kv_cache, const OptionalTensor& block_table,
     const Tensor& cache_seqlens, int64_t head_dim_v, double softmax_scale, bool causal,
     const OptionalTensor& attn_mask, const OptionalTensor& cache_leftpad,
     const OptionalTensor& indices, const OptionalTensor& topk_length,
     const OptionalTensor& attn_sink, const OptionalTensor& q_pe, const OptionalTensor& k_pe_cache,
     int64_t window, std::string_view kv_cache_dtype, const OptionalTensor& cu_seqlens_q);
+AttentionOperator mla_attention;
 
 std::tuple<Tensor, Tensor> mla_attention_kv_b(
     const Tensor& q, const Tensor& kv_cache, const OptionalTensor& block_table,
@@ -31,9 +32,10 @@ std::tuple<Tensor, Tensor> mla_attention_kv_b(
     int64_t window, std::string_view kv_cache_dtype, const OptionalTensor& cu_seqlens_q,
     std::string_view form);
 
-void concat_and_cache_mla(const Tensor& kv_c, const Tensor& k_pe, const Tensor& kv_cache,
-                          const Tensor& slot_mapping, std::string_view kv_cache_dtype,
-                          const OptionalTensor& k_pe_cache);
+using AppendOperator = void(const Tensor& kv_c, const Tensor& k_pe, const Tensor& kv_cache,
+                            const Tensor& slot_mapping, std::string_view kv_cache_dtype,
+                            const OptionalTensor& k_pe_cache);
+AppendOperator concat_and_cache_mla;
 
 Tensor gather_cache(const Tensor& kv_cache, const OptionalTensor& block_table,
                     const Tensor& cache_seqlens, int64_t head_dim_v, int64_t head_dim,
@@ -55,17 +57,9 @@ std::string compiler();
 std::string arithmetic(std::string_view kv_cache_dtype, at::ScalarType q);
 int64_t row_bytes(std::string_view kv_cache_dtype, int64_t latent_dim, int64_t rope_dim);
 double roof(std::string_view arithmetic, int64_t iterations);
-std::tuple<Tensor, Tensor> allocate(
-    const Tensor& q, const Tensor& kv_cache, const OptionalTensor& block_table,
-    const Tensor& cache_seqlens, int64_t head_dim_v, double softmax_scale, bool causal,
-    const OptionalTensor& attn_mask, const OptionalTensor& cache_leftpad,
-    const OptionalTensor& indices, const OptionalTensor& topk_length,
-    const OptionalTensor& attn_sink, const OptionalTensor& q_pe, const OptionalTensor& k_pe_cache,
-    int64_t window, std::string_view kv_cache_dtype, const OptionalTensor& cu_seqlens_q);
-
-void append_nothing(const Tensor& kv_c, const Tensor& k_pe, const Tensor& kv_cache,
-                    const Tensor& slot_mapping, std::string_view kv_cache_dtype,
-                    const OptionalTensor& k_pe_cache);
+// The time of a call that is not theirs: the first allocates the results, the second does nothing.
+AttentionOperator allocate;
+AppendOperator append_nothing;
 
 // Bytes of scratch that all threads together hold (parallel.cpp).
 int64_t scratch_bytes();
