@@ -14,7 +14,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 TORCH := 2.13.0
 
-CPP_DIRS := csrc tests examples torch_flash_mla/include
+CPP_DIRS := csrc tests examples benchmarks torch_flash_mla/include
 
 SELECT := $(if $(SLOW),-m "not exhaustive")
 PYTEST_ARGS ?=

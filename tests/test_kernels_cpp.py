@@ -1,7 +1,9 @@
-"""The kernels without torch (cpp/kernel_test.cpp): as built, under sanitizers, on older CPUs."""
+"""The kernels without torch (cpp/kernel_test.cpp): as built, under sanitizers, on older CPUs; and
+with a clock in them (benchmarks/stages.cpp)."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -9,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from programs import ROOT
+from programs import ROOT, load_program
 from programs import run as run_program
 
 import torch_flash_mla
@@ -80,3 +82,19 @@ def test_levels_of_older_cpus(cpu: str, expected: list[str], program: Path) -> N
     if expected != ["scalar"] and tuple(map(int, version.groups())) < (7, 2):
         pytest.skip("AVX2 is emulated by qemu 7.2 and newer")
     assert levels(run(EMULATOR, "-cpu", cpu, program, "4")) == expected
+
+
+def test_stages(tmp_path: Path) -> None:
+    """Every level's program runs, and the steps add up to the whole."""
+    isas = [isa for isa in torch_flash_mla.available_isas() if isa != "onednn"]
+    report = tmp_path / "stages.json"
+    arguments = ["--isa", ",".join(isas), "--heads", "3", "--keys", "100", "--json", str(report)]
+    arguments += ["--rounds", "1", "--seconds", "0.01"]
+    benchmark = load_program("benchmarks/stages.py")
+    assert benchmark.main(arguments) == 0
+    rows = json.loads(report.read_text())
+    assert len(rows) == len(isas) * len(benchmark.FORMATS)
+    for row in rows:
+        assert all(seconds > 0 for seconds in row["stages"].values())
+        assert sum(row["stages"].values()) <= row["seconds"] * 1.01
+        assert row["rate"] < row["roof"]

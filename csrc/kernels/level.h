@@ -59,17 +59,21 @@ constexpr Pipeline pipeline(ArithmeticId id, const char* name) {
           name};
 }
 
-template <class Simd, class Format, ScalarType kQuery>
+template <class Simd, class Format, ScalarType kQuery,
+          template <class, class> class Products = OwnProducts>
 constexpr Pipeline choose() {
   constexpr ArithmeticId id = Format::template arithmetic<Simd>(kQuery);
+  auto with = [&]<class Arithmetic>(Arithmetic, const char* name) {
+    return pipeline<Simd, Arithmetic, Format, Products<Simd, Arithmetic>>(id, name);
+  };
   if constexpr (id == ArithmeticId::kBf16) {
-    return pipeline<Simd, Bf16<Simd>, Format>(id, "bf16");
+    return with(Bf16<Simd>{}, "bf16");
   } else if constexpr (id == ArithmeticId::kInt8) {
-    return pipeline<Simd, Int8<Simd>, Format>(id, "int8");
+    return with(Int8<Simd>{}, "int8");
   } else if constexpr (id == ArithmeticId::kInt16) {
-    return pipeline<Simd, Int16<Simd>, Format>(id, "int16");
+    return with(Int16<Simd>{}, "int16");
   } else {
-    return pipeline<Simd, F32<Simd>, Format>(id, "f32");
+    return with(F32<Simd>{}, "f32");
   }
 }
 
