@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/blocks.h"
 #include "kernels/scratch.h"
 #include "kernels/tile.h"
 
@@ -97,20 +98,14 @@ void accumulate_block(const ValueColumns& values, const Output& output, int32_t 
   }
 }
 
-// Rows [row, used) in blocks of kRows, the rest in smaller ones: no row is computed that nobody
-// asked for.
+// All rows that are used: none is computed that nobody asked for.
 template <class Simd, class Arithmetic, int kRows, int kColumns, bool kInterleave>
-void accumulate_rows(const ValueColumns& values, const Output& output, int32_t d, int32_t row,
-                     int32_t used, int32_t rows, const Scratch& s, Fetch& fetch) {
-  for (; row + kRows <= used; row += kRows) {
-    accumulate_block<Simd, Arithmetic, kRows, kColumns, kInterleave>(values, output, d, row, rows,
-                                                                     s, fetch);
-  }
-  if constexpr (kRows > 1) {
-    constexpr int kFewer = kRows > 4 ? 4 : kRows / 2;
-    accumulate_rows<Simd, Arithmetic, kFewer, kColumns, kInterleave>(values, output, d, row, used,
-                                                                     rows, s, fetch);
-  }
+void accumulate_rows(const ValueColumns& values, const Output& output, int32_t d, int32_t used,
+                     int32_t rows, const Scratch& s, Fetch& fetch) {
+  in_blocks<kRows, 1>(0, used, [&]<int kCount>(int32_t row) {
+    accumulate_block<Simd, Arithmetic, kCount, kColumns, kInterleave>(values, output, d, row, rows,
+                                                                      s, fetch);
+  });
 }
 
 // Interleaves one vector of V of every token, from value d on, into scratch: kGroup columns.
@@ -179,7 +174,7 @@ void accumulate(const Tile& tile, const Output& output, int32_t used, int32_t ro
         ValueColumns values = interleave_columns<Simd, Arithmetic>(tile, d, s);
         for (int c = 0; c < kGroup; c += kColumns) {
           accumulate_rows<Simd, Arithmetic, kRows, kColumns, false>(values, output, d + c * kLanes,
-                                                                    0, used, rows, s, fetch);
+                                                                    used, rows, s, fetch);
           values.page[0] += kColumns * kLanes * 4;
         }
       }
@@ -192,12 +187,12 @@ void accumulate(const Tile& tile, const Output& output, int32_t used, int32_t ro
   for (; d + kWide * kLanes <= width; d += kWide * kLanes) {
     Fetch fetch = fetch_next<Arithmetic, kRows, kWide>(tile, d, used, width, kLanes);
     accumulate_rows<Simd, Arithmetic, kRows, kWide, kInterleave>(
-        columns_in_place<Arithmetic>(tile, d, s), output, d, 0, used, rows, s, fetch);
+        columns_in_place<Arithmetic>(tile, d, s), output, d, used, rows, s, fetch);
   }
   for (; d < width; d += kGroup * kLanes) {
     Fetch fetch = {tile.value.group[0], 0};
     accumulate_rows<Simd, Arithmetic, kRows, kGroup, kInterleave>(
-        columns_in_place<Arithmetic>(tile, d, s), output, d, 0, used, rows, s, fetch);
+        columns_in_place<Arithmetic>(tile, d, s), output, d, used, rows, s, fetch);
   }
 }
 

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/blocks.h"
 #include "kernels/query.h"
 #include "kernels/scratch.h"
 #include "kernels/tile.h"
@@ -54,6 +55,14 @@ void score_block(const Tile& tile, int32_t t, const std::byte* query, const Scra
   for (int seg = 0; seg <= last; ++seg) {
     const Span& span = tile.key[seg];
     const std::byte* key = span.group[t / kPage] + t % kPage * span.stride;
+    [[maybe_unused]] typename Simd::Float sum[kTokens][kVectors];
+    if constexpr (Arithmetic::kPartialSums) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kTokens; ++i) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sum[i][v] = Simd::zero();
+      }
+    }
     for (int32_t begin = 0, end; begin < span.words; begin = end) {
       end = Arithmetic::kPartialSums && packed.words_per_sum < span.words - begin
                 ? begin + packed.words_per_sum
@@ -87,23 +96,31 @@ void score_block(const Tile& tile, int32_t t, const std::byte* query, const Scra
           for (int v = 0; v < kVectors; ++v) acc[i][v] = Arithmetic::dot_key(acc[i][v], q[v], k);
         }
       }
-      if constexpr (Arithmetic::kScaled) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-          const auto query_scale = Simd::load(packed.scale[seg] + row + v * kLanes);
+      if constexpr (Arithmetic::kPartialSums) {
 #pragma GCC unroll 16
-          for (int i = 0; i < kTokens; ++i) {
-            float key_scale;
-            __builtin_memcpy(&key_scale, key + i * span.stride + span.scale, 4);
-            float* to = out + i * rows + v * kLanes;
-            const auto scale = Simd::mul(query_scale, Simd::set(key_scale));
-            const auto before = seg == 0 && begin == 0 && !kResidual
-                                    ? Simd::set(s.value_log2[t + i])
-                                    : Simd::load(to);
-            const auto x = Simd::fma(Simd::to_float(acc[i][v]), scale, before);
-            Simd::store(to, x);
-            if (seg == last && end == span.words) most[v] = Simd::max(most[v], x);
-          }
+        for (int i = 0; i < kTokens; ++i) {
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v)
+            sum[i][v] = Simd::add(sum[i][v], Simd::to_float(acc[i][v]));
+        }
+      }
+    }
+    if constexpr (Arithmetic::kScaled) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const auto query_scale = Simd::load(packed.scale[seg] + row + v * kLanes);
+#pragma GCC unroll 16
+        for (int i = 0; i < kTokens; ++i) {
+          float key_scale;
+          __builtin_memcpy(&key_scale, key + i * span.stride + span.scale, 4);
+          float* to = out + i * rows + v * kLanes;
+          const auto scale = Simd::mul(query_scale, Simd::set(key_scale));
+          const auto before =
+              seg == 0 && !kResidual ? Simd::set(s.value_log2[t + i]) : Simd::load(to);
+          const auto product = Arithmetic::kPartialSums ? sum[i][v] : Simd::to_float(acc[i][v]);
+          const auto x = Simd::fma(product, scale, before);
+          Simd::store(to, x);
+          if (seg == last) most[v] = Simd::max(most[v], x);
         }
       }
     }
@@ -176,15 +193,17 @@ void score_quads(const Tile& tile, int32_t t, const std::byte* query, const Scra
   Simd::store(s.tile_maximum + row, most);
 }
 
+// Tokens of a block at most: accumulators leave room for the queries, a broadcast and, where they
+// are added up elsewhere, as many sums.
+template <class Simd, class Arithmetic, int kVectors>
+constexpr int kBlockTokens =
+    (Simd::kRegisters == 16 || Arithmetic::kPartialSums ? 12 : 16) / kVectors;
+
 // All tokens of the tile against one row block of kVectors vectors.
 template <class Simd, class Arithmetic, int kVectors>
 void score_rows(const Tile& tile, const std::byte* query, const Scratch& s, int32_t row,
                 int32_t rows, bool direct) {
-  // Accumulators leave room for the queries and the broadcast: 16 of 32 registers, 8 of 16.
-  constexpr int kTokens = Simd::kRegisters / 2 / kVectors;
-  // Rows of a staged tile are neighbours throughout, so blocks need not stay within a page: of 16
-  // registers, 12 accumulators fit.
-  constexpr int kLong = (Simd::kRegisters == 16 ? 12 : 16) / kVectors;
+  constexpr int kTokens = kBlockTokens<Simd, Arithmetic, kVectors>;
   // The first half of the next tile's pages; accumulate() fetches the other one.
   const int64_t ahead = row == 0 ? tile.next_bytes / 2 / kPage : 0;  // bytes per token
   auto block = [&]<int kCount>(int32_t t) {
@@ -204,13 +223,10 @@ void score_rows(const Tile& tile, const std::byte* query, const Scratch& s, int3
     }
     return;
   }
-  if (direct) {
-    for (; t < tile.tokens; t += kTokens) block.template operator()<kTokens>(t);
-    return;
-  }
-  for (; t + kLong <= tile.tokens; t += kLong) block.template operator()<kLong>(t);
-  // Some of the last block a second time, to the same effect.
-  if (t < tile.tokens) block.template operator()<kLong>(tile.tokens - kLong);
+  // Rows of a staged tile are neighbours throughout, others within a page.
+  constexpr int kLeast = kPage % kTokens == 0 ? kTokens : kTokens * 2 / 3;
+  const int32_t run = direct ? kPage : tile.tokens;
+  for (; t < tile.tokens; t += run) in_blocks<kTokens, kLeast>(t, t + run, block);
 }
 
 template <class Simd, class Arithmetic>
