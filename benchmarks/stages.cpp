@@ -37,7 +37,7 @@ constexpr const char* kNames[] = {"pack", "stage", "score", "soften", "accumulat
 struct Clock {
   double seconds[kStages] = {};
   double last = now();
-  StageRow stage_row = nullptr;
+  StageRows stage_rows = nullptr;
   bool packing = true;
 
   void lap(Stage stage) {
@@ -57,9 +57,10 @@ struct Clock {
 };
 Clock timer;
 
-void timed_stage_row(const RowAddress& from, const RowLayout& layout, std::byte* row) {
+void timed_stage_rows(const RowAddress* from, int32_t count, const RowLayout& layout,
+                      std::byte* rows) {
   timer.packed();
-  timer.stage_row(from, layout, row);
+  timer.stage_rows(from, count, layout, rows);
 }
 
 template <class Simd, class Arithmetic>
@@ -190,12 +191,12 @@ void measure(const FormatInfo& format, int32_t heads, int32_t keys, double durat
   Clock best;
   for (const double end = now() + duration; now() < end;) {
     timer = {};
-    timer.stage_row = pipeline.stage;
+    timer.stage_rows = pipeline.stage;
     const double begin = now();
     for (int32_t r = 0; r < heads; r += shape.rows) {
       const WorkItem item = {0, r, r + shape.rows < heads ? r + shape.rows : heads, 0, keys, -1};
       timer.begin_item();
-      pipeline.attend(p, shape, item, timed_stage_row, pipeline.native, pipeline.key_max, nullptr,
+      pipeline.attend(p, shape, item, timed_stage_rows, pipeline.native, pipeline.key_max, nullptr,
                       nullptr, scratch.get());
       timer.lap(kFinish);
     }

@@ -112,7 +112,7 @@ class OwnProducts {
 };
 
 template <class Simd, class Arithmetic, class Products>
-void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, StageRow stage,
+void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, StageRows stage,
             bool native, int32_t key_max, const MatrixEngine* engine, float* partials,
             std::byte* memory) {
   const Products products(engine);
@@ -149,6 +149,7 @@ void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, St
   const Tiles tiles(p.cache, item.sequence, layout, stage, direct, Products::kTokens, row_scale,
                     s.staged);
   Output output = {s.output, layout.value, true};
+  bool fetched = false;
   for (int32_t at = begin; at < end;) {
     // Tiles end at multiples of the tile length, so that their pages of 16 tokens are whole but for
     // the first and the last.
@@ -159,7 +160,8 @@ void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, St
       at = next;
       continue;
     }
-    const Tile tile = p.indices ? tiles.gather(s.positions, at, count) : tiles(at, next, end);
+    const Tile tile =
+        p.indices ? tiles.gather(s.positions, at, count) : tiles(at, next, end, fetched);
     const bool edge =
         (!p.indices && (at < all_begin || next > all_end)) || tile.tokens != tile.valid;
     if (holes) {
@@ -181,6 +183,7 @@ void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, St
                              holes ? s.bias : nullptr, vectors, s);
     products.accumulate(tile, output, used, rows, s);
     output.first = false;
+    fetched = !Products::kLent && tile.next_bytes != 0 && tile.tokens == shape.tile;
     at = next;
   }
   finish<Simd, Arithmetic>(p, shape, item, layout, s, partials);

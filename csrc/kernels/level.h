@@ -17,20 +17,31 @@ struct Pipeline {
   BlockShape (*block_shape)(const RowLayout& layout);
   RowLayout (*row_layout)(const CacheView& cache);
   size_t (*lay_out)(const RowLayout& layout, BlockShape shape, std::byte* base, Scratch& s);
-  void (*attend)(const AttentionParams& p, BlockShape shape, const WorkItem& item, StageRow stage,
+  void (*attend)(const AttentionParams& p, BlockShape shape, const WorkItem& item, StageRows stage,
                  bool native, int32_t key_max, const MatrixEngine* engine, float* partials,
                  std::byte* memory);
-  StageRow stage;
+  StageRows stage;
   bool native;
   int32_t key_max;  // largest code of staged keys (scaled arithmetics)
   const char* arithmetic;
 };
 
 template <class Simd, class Arithmetic, class Format>
-void stage_row(const RowAddress& from, const RowLayout& layout, std::byte* row) {
-  Format::stage(Arithmetic{}, from.kv_c, from.k_pe, layout, row);
-  if constexpr (!Format::kPacked) {
-    if (from.v) Format::stage_value(Arithmetic{}, from.v, layout, row);
+void stage_rows(const RowAddress* from, int32_t count, const RowLayout& layout, std::byte* rows) {
+  if constexpr (requires { Format::prepare(Arithmetic{}, from->kv_c, layout); }) {
+    // What codes wait for is a chain of slow steps: it is taken for all rows before any codes.
+    decltype(Format::prepare(Arithmetic{}, from->kv_c, layout)) ready[kStagedRows];
+    for (int32_t i = 0; i < count; ++i)
+      ready[i] = Format::prepare(Arithmetic{}, from[i].kv_c, layout);
+    for (int32_t i = 0; i < count; ++i, rows += layout.stride)
+      Format::stage(Arithmetic{}, from[i].kv_c, ready[i], layout, rows);
+  } else {
+    for (int32_t i = 0; i < count; ++i, rows += layout.stride) {
+      Format::stage(Arithmetic{}, from[i].kv_c, from[i].k_pe, layout, rows);
+      if constexpr (!Format::kPacked) {
+        if (from[i].v) Format::stage_value(Arithmetic{}, from[i].v, layout, rows);
+      }
+    }
   }
 }
 
@@ -53,7 +64,7 @@ constexpr Pipeline pipeline(ArithmeticId id, const char* name) {
           row_layout<Simd, Arithmetic>,
           lay_out<Simd, Arithmetic, Products::kLent>,
           attend<Simd, Arithmetic, Products>,
-          stage_row<Simd, Arithmetic, Format>,
+          stage_rows<Simd, Arithmetic, Format>,
           Format::kNative == id,
           key_max<Arithmetic, Format>(),
           name};

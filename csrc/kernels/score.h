@@ -23,10 +23,11 @@ template <bool kResidual>
 
 // kTokens x kVectors accumulators: tokens [t, t + kTokens) of the tile, whose rows are evenly
 // spaced (one page, or a staged tile), against one row block. Prefetches `ahead_bytes` from `ahead`
-// on meanwhile; 0 for none.
+// on meanwhile; 0 for none. Not inlined: what surrounds it has no say in how registers are used.
 template <class Simd, class Arithmetic, int kTokens, int kVectors, bool kResidual>
-void score_block(const Tile& tile, int32_t t, const std::byte* query, const Scratch& s, int32_t row,
-                 int32_t rows, const std::byte* ahead, int64_t ahead_bytes) {
+[[gnu::noinline]] void score_block(const Tile& tile, int32_t t, const std::byte* query,
+                                   const Scratch& s, int32_t row, int32_t rows,
+                                   const std::byte* ahead, int64_t ahead_bytes) {
   const PackedQueries& packed = queries<kResidual>(s);
   using Acc = typename Arithmetic::Acc;
   using Word = typename Simd::Word;
@@ -143,8 +144,9 @@ void score_block(const Tile& tile, int32_t t, const std::byte* query, const Scra
 // Four tokens against one vector of rows, whose queries are packed by quads: each word of the
 // accumulators holds a quarter of a product.
 template <class Simd, class Arithmetic, bool kResidual>
-void score_quads(const Tile& tile, int32_t t, const std::byte* query, const Scratch& s, int32_t row,
-                 int32_t rows, const std::byte* ahead, int64_t ahead_bytes) {
+[[gnu::noinline]] void score_quads(const Tile& tile, int32_t t, const std::byte* query,
+                                   const Scratch& s, int32_t row, int32_t rows,
+                                   const std::byte* ahead, int64_t ahead_bytes) {
   const PackedQueries& packed = queries<kResidual>(s);
   using Word = typename Simd::Word;
   constexpr int kTokens = 4, kVectorBytes = Simd::kLanes * 4;

@@ -30,14 +30,17 @@ struct Tile {
   int64_t next_bytes;  // per page; 0: there is none, or its rows are not neighbours
 };
 
-using StageRow = void (*)(const RowAddress& from, const RowLayout& layout, std::byte* row);
+// Decodes `count` <= kStagedRows rows into neighbours.
+constexpr int kStagedRows = 8;
+using StageRows = void (*)(const RowAddress* from, int32_t count, const RowLayout& layout,
+                           std::byte* rows);
 
 // Makes the tiles of one work item.
 class Tiles {
  public:
   // direct: rows of the cache already are rows of the arithmetic and suit the kernels (see
   // suits_direct), as long as a tile is whole runs of `page` tokens.
-  Tiles(const CacheView& cache, int32_t sequence, const RowLayout& layout, StageRow stage,
+  Tiles(const CacheView& cache, int32_t sequence, const RowLayout& layout, StageRows stage,
         bool direct, int32_t page, int64_t row_scale, std::byte* scratch)
       : cache_(cache),
         slots_(cache, sequence),
@@ -51,16 +54,17 @@ class Tiles {
   // The tile of the tokens at `positions`, in that order, as if they stood at [begin, begin +
   // count).
   Tile gather(const int32_t* positions, int32_t begin, int32_t count) const {
-    return staged_tile(begin, begin + count, begin + count,
-                       [=](int32_t t) { return positions[t - begin]; });
+    return staged_tile(begin, begin + count, true, [=](int32_t t) { return positions[t - begin]; });
   }
 
-  // The tile of positions [begin, end); `next_end` bounds what may be prefetched.
-  Tile operator()(int32_t begin, int32_t end, int32_t next_end) const {
+  // The tile of positions [begin, end); the next ones go on to `last`. fetched: the products of the
+  // tile before have fetched what it named `next`.
+  Tile operator()(int32_t begin, int32_t end, int32_t last, bool fetched) const {
     const bool whole = begin % page_ == 0 && end % page_ == 0;
-    Tile tile = direct_ && whole ? direct_tile(begin, end)
-                                 : staged_tile(begin, end, next_end, [](int32_t t) { return t; });
-    find_next(tile, end, next_end);
+    Tile tile = direct_ && whole
+                    ? direct_tile(begin, end)
+                    : staged_tile(begin, end, !fetched || apart(), [](int32_t t) { return t; });
+    find_next(tile, end, last);
     return tile;
   }
 
@@ -91,18 +95,22 @@ class Tiles {
     return finish(tile);
   }
 
+  // fetch: rows are to be prefetched.
   template <class Position>
-  Tile staged_tile(int32_t begin, int32_t end, int32_t next_end, Position position) const {
-    constexpr int32_t kAhead = 8;  // rows
+  Tile staged_tile(int32_t begin, int32_t end, bool fetch, Position position) const {
     Tile tile = {};
     tile.begin = begin;
     tile.valid = end - begin;
     tile.tokens = round_up(tile.valid, kPage);
     std::byte* row = scratch_;
-    for (int32_t t = begin; t < end; ++t, row += layout_.stride) {
-      if (t + kAhead < next_end) prefetch_row(slots_[position(t + kAhead)]);
-      const RowAddress from = slots_[position(t)];
-      stage_(from, layout_, row);
+    RowAddress from[kStagedRows];
+    for (int32_t t = begin, count; t < end; t += count, row += count * layout_.stride) {
+      count = end - t < kStagedRows ? end - t : kStagedRows;
+      for (int32_t i = 0; i < count; ++i) {
+        from[i] = slots_[position(t + i)];
+        if (fetch && t + i + kStagedRows < end) prefetch_row(slots_[position(t + i + kStagedRows)]);
+      }
+      stage_(from, count, layout_, row);
     }
     // Padding rows are zero, scales included (0 * NaN would be NaN).
     const int64_t rest = static_cast<int64_t>(tile.tokens - tile.valid) * layout_.stride;
@@ -118,14 +126,14 @@ class Tiles {
     return finish(tile);
   }
 
-  void find_next(Tile& tile, int32_t end, int32_t next_end) const {
-    if (end >= next_end || end % kPage != 0 || !slots_.whole_pages(kPage)) return;
+  void find_next(Tile& tile, int32_t end, int32_t last) const {
+    if (end >= last || end % kPage != 0 || !slots_.whole_pages(kPage)) return;
     if (cache_.kv_c.token_stride > kLongestRow) return;  // mostly gaps
     tile.next_bytes = kPage * cache_.kv_c.token_stride;
-    const int32_t last = (next_end - 1) / kPage * kPage;
+    const int32_t last_page = (last - 1) / kPage * kPage;
     for (int32_t g = 0; g < tile.tokens / kPage; ++g) {
       const int32_t token = end + g * kPage;
-      tile.next[g] = slots_[token < last ? token : last].kv_c;
+      tile.next[g] = slots_[token < last_page ? token : last_page].kv_c;
     }
   }
 
@@ -140,11 +148,14 @@ class Tiles {
   void prefetch_row(const RowAddress& row) const {
     prefetch_bytes(row.kv_c, cache_.kv_c.token_stride);
     if (row.v) prefetch_bytes(row.v, cache_.v.token_stride);
-    if (cache_.k_pe.data < cache_.kv_c.data ||
-        cache_.k_pe.data >= cache_.kv_c.data + cache_.kv_c.token_stride) {
-      prefetch_bytes(row.k_pe, cache_.k_pe.token_stride);
-    }
+    if (rope_apart()) prefetch_bytes(row.k_pe, cache_.k_pe.token_stride);
   }
+  // Whether rows of the rope part, or any others, are not those of kv_c.
+  bool rope_apart() const {
+    return cache_.k_pe.data < cache_.kv_c.data ||
+           cache_.k_pe.data >= cache_.kv_c.data + cache_.kv_c.token_stride;
+  }
+  bool apart() const { return cache_.v.data != nullptr || rope_apart(); }
   static constexpr int64_t kLongestRow = 4096;  // bytes
   static void prefetch_bytes(const std::byte* p, int64_t count) {
     for (int64_t i = 0; i < count && i < kLongestRow; i += kCacheLine) __builtin_prefetch(p + i);
@@ -153,7 +164,7 @@ class Tiles {
   const CacheView& cache_;
   Slots slots_;
   const RowLayout& layout_;
-  StageRow stage_;
+  StageRows stage_;
   bool direct_;
   int32_t page_;
   int64_t row_scale_;

@@ -14,6 +14,7 @@ namespace {
 
 template <class Simd>
 struct Int8 {
+  using Vocabulary = Simd;
   using Float = typename Simd::Float;
   using Word = typename Simd::Word;
   using Acc = Word;

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "kernels/numeric.h"
+#include "kernels/row_layout.h"
 
 namespace flashmla {
 namespace {
@@ -63,31 +64,48 @@ constexpr int kBlock = 32;
 
 [[maybe_unused]] inline void store_u16(std::byte* p, uint16_t x) { __builtin_memcpy(p, &x, 2); }
 
-// Codes with a scale per block -> codes of one scale for the segment, which is returned (NaN if a
-// block is not finite). The largest block scale times code_max becomes target_max. Calls recode(b,
-// factors, lane) for every kStep-th block b: lane + i of `factors` holds, in both halves, the scale
-// of block b + i relative to the segment's, in units of 1 / unit.
-template <class Simd, int kStep, class Recode>
-float recode_blocks(const std::byte* scales, int32_t blocks, float code_max, float target_max,
-                    float unit, Recode recode) {
-  auto load = [&](int32_t b) {
-    return blocks - b >= Simd::kLanes ? Simd::load_f16(scales + 2 * b)
-                                      : Simd::load_f16(scales + 2 * b, blocks - b);
-  };
-  auto most = Simd::zero();
-  for (int32_t b = 0; b < blocks; b += Simd::kLanes) most = Simd::max(most, load(b));
-  const float range = Simd::reduce_max(most) * (code_max / target_max);
-  const float inverse = range > 0 ? unit / range : 0.0f;
-  bool finite = true;
-  for (int32_t b0 = 0; b0 < blocks; b0 += Simd::kLanes) {
-    const auto word = Simd::round_to_word(Simd::mul(load(b0), Simd::set(inverse)));
-    finite =
-        finite && !Simd::any_negative(word);  // the factor of a block that is not finite is INT_MIN
-    const auto factors = Simd::bit_or(word, Simd::template shift_left<16>(word));
-    const int32_t lanes = blocks - b0 < Simd::kLanes ? blocks - b0 : Simd::kLanes;
-    for (int32_t lane = 0; lane < lanes; lane += kStep) recode(b0 + lane, factors, lane);
+// How codes with a scale per block become codes of one scale for the segment: the largest block
+// scale times code_max becomes target_max.
+struct Recoding {
+  const std::byte* scales;  // fp16, of the blocks
+  int32_t blocks;
+  float scale;    // of the segment: NaN if that of a block is not finite
+  float inverse;  // of a block scale: what its codes are multiplied with, in units of 1 / unit
+};
+
+template <class Simd>
+Recoding recoding(const std::byte* scales, int32_t blocks, float code_max, float target_max,
+                  float unit) {
+  // Scales are not negative: fp16 orders as integers do, what is not finite last.
+  uint32_t most = 0;
+  int32_t b = 0;
+  for (; b + 8 <= blocks; b += 8) {
+    const uint32_t eight = Simd::largest_of_eight(scales + 2 * b);
+    most = most > eight ? most : eight;
   }
-  return finite ? range : __builtin_nanf("");
+  for (; b < blocks; ++b) {
+    const uint32_t one = load_u16(scales + 2 * b);
+    most = most > one ? most : one;
+  }
+  if (most >= 0x7c00) return {scales, blocks, __builtin_nanf(""), 0};
+  const float scale = f16_to_float(static_cast<uint16_t>(most)) * (code_max / target_max);
+  return {scales, blocks, scale, scale > 0 ? unit / scale : 0};
+}
+
+// Calls recode(b, factors) for every kStep-th block b: both halves of factors[i] are what the codes
+// of block b + i are multiplied with. They are in memory, since loads can spread a word over a
+// vector, and shuffles have enough to do.
+template <class Simd, int kStep, class Recode>
+void recode_blocks(const Recoding& r, Recode recode) {
+  for (int32_t b0 = 0; b0 < r.blocks; b0 += Simd::kLanes) {
+    const std::byte* from = r.scales + 2 * b0;
+    const int32_t count = r.blocks - b0 < Simd::kLanes ? r.blocks - b0 : Simd::kLanes;
+    const auto scales = count == Simd::kLanes ? Simd::load_f16(from) : Simd::load_f16(from, count);
+    const auto word = Simd::round_to_word(Simd::mul(scales, Simd::set(r.inverse)));
+    alignas(kCacheLine) int32_t factors[Simd::kLanes];
+    Simd::store_word(factors, Simd::bit_or(word, Simd::template shift_left<16>(word)));
+    for (int32_t i = 0; i < count; i += kStep) recode(b0 + i, factors + i);
+  }
 }
 
 }  // namespace

@@ -177,46 +177,53 @@ struct Q4Kv {
     for (int32_t i = layout.latent; i < layout.value; ++i) latent[i] = 0;
   }
 
-  template <class Simd>
-  static void stage(Int8<Simd>, const std::byte* codes, const std::byte*, const RowLayout& layout,
-                    std::byte* row) {
-    using Word = typename Simd::Word;
-    const auto bias = Simd::set_word(static_cast<int32_t>(0x80808080u));
-    const Planes from = planes(codes, layout.latent, layout.rope);
-    const int32_t blocks = layout.latent / kBlock;
-    const float scale = recode_blocks<Simd, Simd::kBytes / kBlock>(
-        from.scales, blocks, 127, Int8<Simd>::kKeyMax, 128, [&](int32_t b, Word factors, int lane) {
-          const auto level = levels<Simd>(from.nibbles, b, blocks);
-          Simd::store_word(row + b * kBlock,
-                           Simd::bit_xor(Simd::rescale8(level, 0, factors, lane), bias));
-        });
-    for (int32_t i = 0; i < layout.rope; ++i)
-      row[layout.rope_offset + i] = from.rope[i] ^ std::byte{0x80};
-    store_scales(scale, from.rope_scale, layout, row);
+  // Block scales of the latent become one scale.
+  template <class Arithmetic>
+    requires(Arithmetic::kScaled)
+  static Recoding prepare(Arithmetic, const std::byte* codes, const RowLayout& layout) {
+    constexpr float kUnit = Arithmetic::kBytes == 1 ? 128 : 256;
+    return recoding<typename Arithmetic::Vocabulary>(
+        planes(codes, layout.latent, layout.rope).scales, layout.latent / kBlock, 127,
+        Arithmetic::kKeyMax, kUnit);
   }
 
   template <class Simd>
-  static void stage(Int16<Simd>, const std::byte* codes, const std::byte*, const RowLayout& layout,
-                    std::byte* row) {
-    using Word = typename Simd::Word;
+  static void stage(Int8<Simd>, const std::byte* codes, const Recoding& latent,
+                    const RowLayout& layout, std::byte* row) {
+    const auto bias = Simd::set_word(static_cast<int32_t>(0x80808080u));
+    const Planes from = planes(codes, layout.latent, layout.rope);
+    recode_blocks<Simd, Simd::kBytes / kBlock>(latent, [&](int32_t b, const int32_t* factors) {
+      const auto level = levels<Simd>(from.nibbles, b, latent.blocks);
+      Simd::store_word(row + b * kBlock, Simd::bit_xor(Simd::rescale8(level, factors), bias));
+    });
+    std::byte* rope = row + layout.rope_offset;
+    for (int32_t i = 0, count = layout.rope; i < count; i += 8) {
+      uint64_t eight;
+      __builtin_memcpy(&eight, from.rope + i, 8);
+      eight ^= 0x8080808080808080;
+      __builtin_memcpy(rope + i, &eight, 8);
+    }
+    store_scales(latent.scale, from.rope_scale, layout, row);
+  }
+
+  template <class Simd>
+  static void stage(Int16<Simd>, const std::byte* codes, const Recoding& latent,
+                    const RowLayout& layout, std::byte* row) {
     constexpr int kWide = 2 * Simd::kLanes;
     const Planes from = planes(codes, layout.latent, layout.rope);
-    const int32_t blocks = layout.latent / kBlock;
-    const float scale = recode_blocks<Simd, Simd::kBytes / kBlock>(
-        from.scales, blocks, 127, Int16<Simd>::kKeyMax, 256,
-        [&](int32_t b, Word factors, int lane) {
-          alignas(64) std::byte level[Simd::kBytes];
-          Simd::store_word(level, levels<Simd>(from.nibbles, b, blocks));
-          for (int i = 0; i < Simd::kBytes; i += kWide) {
-            const auto code = Simd::widen8(level + i, 0);
-            Simd::store_word(row + 2 * (b * kBlock + i),
-                             Simd::template rescale16<7>(code, factors, lane + i / kBlock));
-          }
-        });
+    recode_blocks<Simd, Simd::kBytes / kBlock>(latent, [&](int32_t b, const int32_t* factors) {
+      alignas(64) std::byte level[Simd::kBytes];
+      Simd::store_word(level, levels<Simd>(from.nibbles, b, latent.blocks));
+      for (int i = 0; i < Simd::kBytes; i += kWide) {
+        const auto code = Simd::widen8(level + i, 0);
+        Simd::store_word(row + 2 * (b * kBlock + i),
+                         Simd::template rescale16<7>(code, factors + i / kBlock));
+      }
+    });
     for (int32_t i = 0; i < layout.rope; i += kWide) {
       Simd::store_word(row + layout.rope_offset + 2 * i, Simd::widen8(from.rope + i, 0));
     }
-    store_scales(scale, from.rope_scale, layout, row);
+    store_scales(latent.scale, from.rope_scale, layout, row);
   }
 
  private:

@@ -111,13 +111,28 @@ struct Q6_0 {
 
   // Block scales become one scale per segment; codes move from +-32 to the whole range of the
   // arithmetic.
+  struct Ready {
+    Recoding latent, rope;
+  };
   template <class Arithmetic>
-  static void stage(Arithmetic, const std::byte* codes, const std::byte*, const RowLayout& layout,
-                    std::byte* row) {
+    requires(Arithmetic::kScaled)
+  static Ready prepare(Arithmetic, const std::byte* codes, const RowLayout& layout) {
+    using Simd = typename Arithmetic::Vocabulary;
+    // Products are taken to units of 1 / 128 (8 bits) and 1 / 64.
+    constexpr float kMost = Arithmetic::kKeyMax, kUnit = Arithmetic::kBytes == 1 ? 128 : 64;
     const int32_t d = layout.latent + layout.rope, blocks = layout.latent / kBlock;
-    const float scales[2] = {
-        recode(Arithmetic{}, codes, d, 0, blocks, row),
-        recode(Arithmetic{}, codes, d, blocks, layout.rope / kBlock, row + layout.rope_offset)};
+    return {
+        recoding<Simd>(planes(codes, d, 0).scales, blocks, 32, kMost, kUnit),
+        recoding<Simd>(planes(codes, d, blocks).scales, layout.rope / kBlock, 32, kMost, kUnit)};
+  }
+  template <class Arithmetic>
+    requires(Arithmetic::kScaled)
+  static void stage(Arithmetic a, const std::byte* codes, const Ready& ready,
+                    const RowLayout& layout, std::byte* row) {
+    const int32_t d = layout.latent + layout.rope;
+    recode(a, ready.latent, codes, d, 0, row);
+    recode(a, ready.rope, codes, d, layout.latent / kBlock, row + layout.rope_offset);
+    const float scales[2] = {ready.latent.scale, ready.rope.scale};
     __builtin_memcpy(row + layout.scale_offset, scales, 8);
   }
 
@@ -138,49 +153,41 @@ struct Q6_0 {
   template <class Simd>
   static void widen(const std::byte* codes, int32_t d, int32_t first, int32_t blocks, float* to) {
     const std::byte* scales = planes(codes, d, first).scales;
-    const auto bias = Simd::set(32.0f);
     for (int32_t b = 0; b < blocks; ++b) {
       constexpr int kBlocks = Simd::kBytes / kBlock;
       alignas(64) std::byte u[Simd::kBytes];
       if (b % kBlocks == 0) Simd::store_word(u, unpack<Simd>(codes, d, first + b, first + blocks));
       const auto scale = Simd::set(f16_to_float(load_u16(scales + 2 * b)));
       for (int i = 0; i < kBlock; i += Simd::kLanes) {
-        const auto code = Simd::sub(Simd::load_u8(u + b % kBlocks * kBlock + i), bias);
+        const auto code = Simd::load_s8(u + b % kBlocks * kBlock + i);
         Simd::store(to + b * kBlock + i, Simd::mul(code, scale));
       }
     }
   }
 
   template <class Simd>
-  static float recode(Int8<Simd>, const std::byte* codes, int32_t d, int32_t first, int32_t blocks,
-                      std::byte* to) {
-    using Word = typename Simd::Word;
+  static void recode(Int8<Simd>, const Recoding& recoding, const std::byte* codes, int32_t d,
+                     int32_t first, std::byte* to) {
     const auto bias = Simd::set_word(static_cast<int32_t>(0x80808080u));
-    return recode_blocks<Simd, Simd::kBytes / kBlock>(
-        planes(codes, d, first).scales, blocks, 32, Int8<Simd>::kKeyMax, 128,
-        [&](int32_t b, Word factors, int lane) {
-          const auto u = unpack<Simd>(codes, d, first + b, first + blocks);
-          Simd::store_word(to + b * kBlock,
-                           Simd::bit_xor(Simd::rescale8(u, 32, factors, lane), bias));
-        });
+    recode_blocks<Simd, Simd::kBytes / kBlock>(recoding, [&](int32_t b, const int32_t* factors) {
+      const auto u = unpack<Simd>(codes, d, first + b, first + recoding.blocks);
+      Simd::store_word(to + b * kBlock, Simd::bit_xor(Simd::rescale8(u, factors), bias));
+    });
   }
 
   template <class Simd>
-  static float recode(Int16<Simd>, const std::byte* codes, int32_t d, int32_t first, int32_t blocks,
-                      std::byte* to) {
-    using Word = typename Simd::Word;
+  static void recode(Int16<Simd>, const Recoding& recoding, const std::byte* codes, int32_t d,
+                     int32_t first, std::byte* to) {
     constexpr int kStep = Simd::kBytes / kBlock, kWide = 2 * Simd::kLanes;
-    return recode_blocks<Simd, kStep>(
-        planes(codes, d, first).scales, blocks, 32, Int16<Simd>::kKeyMax, 64,
-        [&](int32_t b, Word factors, int lane) {
-          alignas(64) std::byte u[Simd::kBytes];
-          Simd::store_word(u, unpack<Simd>(codes, d, first + b, first + blocks));
-          for (int i = 0; i < Simd::kBytes; i += kWide) {
-            const auto code = Simd::sub16(Simd::widen8(u + i, 0), 32);
-            Simd::store_word(to + 2 * (b * kBlock + i),
-                             Simd::template rescale16<9>(code, factors, lane + i / kBlock));
-          }
-        });
+    recode_blocks<Simd, kStep>(recoding, [&](int32_t b, const int32_t* factors) {
+      alignas(64) std::byte u[Simd::kBytes];
+      Simd::store_word(u, unpack<Simd>(codes, d, first + b, first + recoding.blocks));
+      for (int i = 0; i < Simd::kBytes; i += kWide) {
+        const auto code = Simd::widen8(u + i, 0);
+        Simd::store_word(to + 2 * (b * kBlock + i),
+                         Simd::template rescale16<9>(code, factors + i / kBlock));
+      }
+    });
   }
 };
 

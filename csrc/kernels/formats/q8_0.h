@@ -76,30 +76,36 @@ struct Q8_0 {
   }
 
   // Block scales become one scale per segment.
+  struct Ready {
+    Recoding latent, rope;
+  };
   template <class Simd>
-  static void stage(Int16<Simd>, const std::byte* codes, const std::byte*, const RowLayout& layout,
-                    std::byte* row) {
+  static Ready prepare(Int16<Simd>, const std::byte* codes, const RowLayout& layout) {
+    constexpr float kMost = Int16<Simd>::kKeyMax;
     const std::byte* scales = codes + layout.latent + layout.rope;
-    const float to_scales[2] = {
-        recode<Simd>(codes, scales, layout.latent, row),
-        recode<Simd>(codes + layout.latent, scales + layout.latent / kBlock * 2, layout.rope,
-                     row + layout.rope_offset)};
-    __builtin_memcpy(row + layout.scale_offset, to_scales, 8);
+    const int32_t blocks = layout.latent / kBlock;
+    return {recoding<Simd>(scales, blocks, 128, kMost, 256),
+            recoding<Simd>(scales + 2 * blocks, layout.rope / kBlock, 128, kMost, 256)};
+  }
+  template <class Simd>
+  static void stage(Int16<Simd>, const std::byte* codes, const Ready& ready,
+                    const RowLayout& layout, std::byte* row) {
+    recode<Simd>(ready.latent, codes, row);
+    recode<Simd>(ready.rope, codes + layout.latent, row + layout.rope_offset);
+    const float scales[2] = {ready.latent.scale, ready.rope.scale};
+    __builtin_memcpy(row + layout.scale_offset, scales, 8);
   }
 
  private:
   template <class Simd>
-  static float recode(const std::byte* codes, const std::byte* scales, int32_t count,
-                      std::byte* to) {
-    using Word = typename Simd::Word;
-    return recode_blocks<Simd, 1>(
-        scales, count / kBlock, 128, Int16<Simd>::kKeyMax, 256,
-        [&](int32_t b, Word factors, int lane) {
-          for (int i = b * kBlock; i < (b + 1) * kBlock; i += 2 * Simd::kLanes) {
-            Simd::store_word(
-                to + 2 * i, Simd::template rescale16<7>(Simd::widen8(codes + i, 0), factors, lane));
-          }
-        });
+  static void recode(const Recoding& recoding, const std::byte* codes, std::byte* to) {
+    recode_blocks<Simd, 1>(recoding, [&](int32_t b, const int32_t* factor) {
+#pragma GCC unroll 2
+      for (int i = 0; i < kBlock; i += 2 * Simd::kLanes) {
+        const auto code = Simd::widen8(codes + b * kBlock + i, 0);
+        Simd::store_word(to + 2 * (b * kBlock + i), Simd::template rescale16<7>(code, factor));
+      }
+    });
   }
 
   template <class Simd>

@@ -71,7 +71,6 @@ struct Avx2 {
   // Words.
   static Float to_float(Word x) { return _mm256_cvtepi32_ps(x); }
   static Word round_to_word(Float x) { return _mm256_cvtps_epi32(x); }
-  static bool any_negative(Word x) { return _mm256_movemask_ps(_mm256_castsi256_ps(x)) != 0; }
   static Word bit_or(Word a, Word b) { return _mm256_or_si256(a, b); }
   static Word bit_xor(Word a, Word b) { return _mm256_xor_si256(a, b); }
   template <int kBits>
@@ -192,16 +191,17 @@ struct Avx2 {
                      _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
   }
 
+  static uint32_t largest_of_eight(const void* p) {
+    const __m128i flipped = _mm_xor_si128(load128(p), _mm_set1_epi32(-1));
+    return ~static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_minpos_epu16(flipped))) & 0xffff;
+  }
+
   static Word widen8(const void* p, int flip) {
     return _mm256_cvtepi8_epi16(_mm_xor_si128(load128(p), _mm_set1_epi8(static_cast<char>(flip))));
   }
-  static Word sub16(Word x, int bias) {
-    return _mm256_sub_epi16(x, _mm256_set1_epi16(static_cast<short>(bias)));
-  }
   template <int kShift>
-  static Word rescale16(Word codes, Word factors, int lane) {
-    return _mm256_mulhrs_epi16(_mm256_slli_epi16(codes, kShift),
-                               _mm256_permutevar8x32_epi32(factors, set_word(lane)));
+  static Word rescale16(Word codes, const int32_t* factor) {
+    return _mm256_mulhrs_epi16(_mm256_slli_epi16(codes, kShift), broadcast_word(factor));
   }
 
   // 32 (4 * kLanes) packed codes: one block of 32.
@@ -216,16 +216,15 @@ struct Avx2 {
     __builtin_memcpy(&bits, high, 8);
     Word h = _mm256_srlv_epi64(_mm256_set1_epi64x(bits), _mm256_set_epi64x(6, 4, 2, 0));
     h = _mm256_slli_epi16(_mm256_and_si256(h, _mm256_set1_epi8(3)), 4);
-    return _mm256_or_si256(unpack4(nibbles), h);
+    return _mm256_sub_epi8(_mm256_or_si256(unpack4(nibbles), h), _mm256_set1_epi8(32));
   }
   static Word look_up4(const std::byte* nibbles, const int8_t table[16]) {
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load128(table)), unpack4(nibbles));
   }
-  static Word rescale8(Word codes, int bias, Word factors, int lane) {
-    const Word s = _mm256_sub_epi8(codes, _mm256_set1_epi8(static_cast<char>(bias)));
-    const Word f = _mm256_permutevar8x32_epi32(factors, set_word(lane));
-    const Word low = _mm256_mulhrs_epi16(_mm256_unpacklo_epi8(_mm256_setzero_si256(), s), f);
-    const Word high = _mm256_mulhrs_epi16(_mm256_unpackhi_epi8(_mm256_setzero_si256(), s), f);
+  static Word rescale8(Word codes, const int32_t* factor) {
+    const Word f = broadcast_word(factor), zero = _mm256_setzero_si256();
+    const Word low = _mm256_mulhrs_epi16(_mm256_unpacklo_epi8(zero, codes), f);
+    const Word high = _mm256_mulhrs_epi16(_mm256_unpackhi_epi8(zero, codes), f);
     return _mm256_packs_epi16(low, high);
   }
 

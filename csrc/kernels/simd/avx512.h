@@ -76,7 +76,6 @@ struct Avx512 {
   static Word add_word(Word a, Word b) { return _mm512_add_epi32(a, b); }
   static Float to_float(Word x) { return _mm512_cvtepi32_ps(x); }
   static Word round_to_word(Float x) { return _mm512_cvtps_epi32(x); }
-  static bool any_negative(Word x) { return _mm512_movepi32_mask(x) != 0; }
   static Word bit_or(Word a, Word b) { return _mm512_or_si512(a, b); }
   static Word bit_xor(Word a, Word b) { return _mm512_xor_si512(a, b); }
   template <int kBits>
@@ -207,52 +206,52 @@ struct Avx512 {
     _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(x));
   }
 
+  // Of eight unsigned 16-bit values.
+  static uint32_t largest_of_eight(const void* p) {
+    const __m128i flipped =
+        _mm_xor_si128(_mm_loadu_si128(static_cast<const __m128i*>(p)), _mm_set1_epi32(-1));
+    return ~static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_minpos_epu16(flipped))) & 0xffff;
+  }
+
   // 2 * kLanes codes as int16: bytes, flipped by xor, sign extended. Then (code << kShift) * factor
-  // / 2^15, rounded.
+  // / 2^15, rounded; the halves of the word at `factor` both are the factor.
   static Word widen8(const void* p, int flip) {
     return _mm512_cvtepi8_epi16(
         _mm256_xor_si256(load256(p), _mm256_set1_epi8(static_cast<char>(flip))));
   }
-  static Word sub16(Word x, int bias) {
-    return _mm512_sub_epi16(x, _mm512_set1_epi16(static_cast<short>(bias)));
-  }
   template <int kShift>
-  static Word rescale16(Word codes, Word factors, int lane) {
-    return _mm512_mulhrs_epi16(_mm512_slli_epi16(codes, kShift),
-                               _mm512_permutexvar_epi32(set_word(lane), factors));
+  static Word rescale16(Word codes, const int32_t* factor) {
+    return _mm512_mulhrs_epi16(_mm512_slli_epi16(codes, kShift), broadcast_word(factor));
   }
 
   // 64 (4 * kLanes) packed codes: two blocks of 32.
   static constexpr int kBytes = 64;
   // Four-bit codes of two neighbouring blocks of 16 bytes: low nibbles, then high ones.
   static Word unpack4(const std::byte* nibbles) {
-    const __m512i n = _mm512_permutexvar_epi64(_mm512_set_epi64(3, 2, 3, 2, 1, 0, 1, 0),
-                                               _mm512_castsi256_si512(load256(nibbles)));
-    const __m512i shifted = _mm512_srlv_epi64(n, _mm512_set_epi64(4, 4, 0, 0, 4, 4, 0, 0));
-    return _mm512_and_si512(shifted, _mm512_set1_epi8(15));
+    return _mm512_and_si512(spread4(nibbles), _mm512_set1_epi8(15));
   }
-  // Six-bit codes (0..63): nibbles and 8 bytes of high bits per block.
+  // Six-bit codes, minus 32: nibbles and 8 bytes of high bits per block.
   static Word unpack6(const std::byte* nibbles, const std::byte* high) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(high));
     __m512i h = _mm512_permutexvar_epi64(_mm512_set_epi64(1, 1, 1, 1, 0, 0, 0, 0),
                                          _mm512_castsi128_si512(bits));
-    h = _mm512_srlv_epi64(h, _mm512_set_epi64(6, 4, 2, 0, 6, 4, 2, 0));
-    h = _mm512_slli_epi16(_mm512_and_si512(h, _mm512_set1_epi8(3)), 4);
-    return _mm512_or_si512(unpack4(nibbles), h);
+    h = _mm512_rolv_epi64(h, _mm512_set_epi64(62, 0, 2, 4, 62, 0, 2, 4));  // to bits 4 and 5
+    const Word low = _mm512_set1_epi8(15);
+    const Word code = _mm512_ternarylogic_epi32(spread4(nibbles), h, low, 0xe4);  // low ? a : b
+    return _mm512_sub_epi8(_mm512_and_si512(code, _mm512_set1_epi8(63)), _mm512_set1_epi8(32));
   }
   // Four-bit codes replaced by their entry of a table.
   static Word look_up4(const std::byte* nibbles, const int8_t table[16]) {
     const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(entries), unpack4(nibbles));
   }
-  // (code - bias) * factor / 128, rounded, as int8; lanes `lane` and `lane + 1` of factors (< 4 *
-  // 128) for the two blocks.
-  static Word rescale8(Word codes, int bias, Word factors, int lane) {
-    const __m512i s = _mm512_sub_epi8(codes, _mm512_set1_epi8(static_cast<char>(bias)));
-    const Word blocks = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
-    const Word f = _mm512_permutexvar_epi32(_mm512_add_epi32(blocks, set_word(lane)), factors);
-    const __m512i low = _mm512_mulhrs_epi16(_mm512_unpacklo_epi8(_mm512_setzero_si512(), s), f);
-    const __m512i high = _mm512_mulhrs_epi16(_mm512_unpackhi_epi8(_mm512_setzero_si512(), s), f);
+  // code * factor / 128, rounded, as int8; a word of factors (< 4 * 128) for each of the two
+  // blocks.
+  static Word rescale8(Word codes, const int32_t* factors) {
+    const Word f = _mm512_mask_set1_epi32(set_word(factors[0]), 0xff00, factors[1]);
+    const Word zero = _mm512_setzero_si512();
+    const Word low = _mm512_mulhrs_epi16(_mm512_unpacklo_epi8(zero, codes), f);
+    const Word high = _mm512_mulhrs_epi16(_mm512_unpackhi_epi8(zero, codes), f);
     return _mm512_packs_epi16(low, high);
   }
 
@@ -267,6 +266,12 @@ struct Avx512 {
  private:
   static __m256i load256(const void* p) {
     return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+  }
+  // Bytes whose low halves are the codes of unpack4.
+  static Word spread4(const std::byte* nibbles) {
+    const Word n = _mm512_permutexvar_epi64(_mm512_set_epi64(3, 2, 3, 2, 1, 0, 1, 0),
+                                            _mm512_castsi256_si512(load256(nibbles)));
+    return _mm512_srlv_epi64(n, _mm512_set_epi64(4, 4, 0, 0, 4, 4, 0, 0));
   }
   static Float widen_bf16(__m256i x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));

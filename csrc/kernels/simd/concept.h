@@ -19,13 +19,13 @@
 // - dot_bf16, pair_bf16: f32 dot of bf16 pairs; words of (low, high) rounded to bf16
 // - exponent, mantissa: of positive normal values
 // - dot_s16: int32 dot of int16 pairs
-// - widen8, sub16, rescale16: 2 * kLanes byte codes as int16; (code << kShift) * factor / 2^15,
-//   rounded
+// - widen8, rescale16: 2 * kLanes byte codes as int16; (code << kShift) * factor / 2^15, rounded
 // - dot_u8s8: int32 dot of four codes, the first unsigned
 // - broadcast_quad, sum_quads, add_word: with dot_u8s8 and 16 lanes: four words in every quarter;
 //   the sums of the quarters of four vectors (query.h, kQuads)
-// - unpack4, unpack6: kBytes codes of four or six bits from their planes
-// - look_up4, rescale8: four-bit codes through a table; (code - bias) * factor / 128 as int8
+// - largest_of_eight: of eight unsigned 16-bit values
+// - unpack4, unpack6: kBytes codes of four bits, or of six minus 32, from their planes
+// - look_up4, rescale8: four-bit codes through a table; code * factor / 128 as int8, rounded
 #pragma once
 #include <concepts>
 #include <cstddef>
@@ -37,7 +37,7 @@ namespace {
 template <class S>
 concept SimdVocabulary =
     requires(typename S::Float f, typename S::Word w, typename S::Float* fs, typename S::Word* ws,
-             float* p, void* v, const void* cv, const std::byte* plane) {
+             float* p, void* v, const void* cv, const std::byte* plane, const int32_t* word) {
       { S::kLanes } -> std::convertible_to<int>;
       { S::kRegisters } -> std::convertible_to<int>;
       { S::load(p) } -> std::same_as<typename S::Float>;
@@ -71,17 +71,16 @@ concept SimdVocabulary =
       requires !(S::kInt8Dot || S::kInt16Dot) || requires(const int8_t* table) {
         { S::exponent(f) } -> std::same_as<typename S::Float>;
         { S::mantissa(f) } -> std::same_as<typename S::Float>;
-        { S::any_negative(w) } -> std::same_as<bool>;
+        { S::largest_of_eight(cv) } -> std::same_as<uint32_t>;
         { S::unpack6(plane, plane) } -> std::same_as<typename S::Word>;
         { S::look_up4(plane, table) } -> std::same_as<typename S::Word>;
-        { S::rescale8(w, 0, w, 0) } -> std::same_as<typename S::Word>;
+        { S::rescale8(w, word) } -> std::same_as<typename S::Word>;
       };
       requires !S::kInt16Dot || requires {
         { S::dot_s16(w, w, w) } -> std::same_as<typename S::Word>;
         { S::dot_s16_at(w, w, cv) } -> std::same_as<typename S::Word>;
         { S::widen8(cv, 0) } -> std::same_as<typename S::Word>;
-        { S::sub16(w, 0) } -> std::same_as<typename S::Word>;
-        { S::template rescale16<8>(w, w, 0) } -> std::same_as<typename S::Word>;
+        { S::template rescale16<8>(w, word) } -> std::same_as<typename S::Word>;
         S::interleave16(w, w, ws);
         S::restore16(fs);
         S::store_s16(v, w);
