@@ -68,10 +68,14 @@ void finish(const AttentionParams& p, BlockShape shape, const WorkItem& item,
         x[i] = sum == 0 ? Simd::zero() : Simd::mul(Simd::load(row + d + i * Simd::kLanes), inverse);
       }
       Arithmetic::restore(x);
-      float values[kStep];
-      for (int i = 0; i < Arithmetic::kGroup; ++i) Simd::store(values + i * Simd::kLanes, x[i]);
-      store_values<Simd>(type, values, width - d < kStep ? width - d : kStep,
-                         to + d * size_of(type));
+      if (d + kStep <= width) {
+        for (int i = 0; i < Arithmetic::kGroup; ++i)
+          store_vector<Simd>(type, x[i], d + i * Simd::kLanes, to);
+        continue;
+      }
+      float rest[kStep];
+      for (int i = 0; i < Arithmetic::kGroup; ++i) Simd::store(rest + i * Simd::kLanes, x[i]);
+      store_values<Simd>(type, rest, width - d, to + d * size_of(type));
     }
   }
 }

@@ -22,24 +22,60 @@ void load_values(ScalarType type, const std::byte* from, int32_t count, int32_t 
   }
 }
 
+// Calls body(i, x) for the values [i, i + kVectors * kLanes) of `count`, zeros behind the last.
+template <class Simd, int kVectors, class Element, class Body>
+void for_vectors(Element, const std::byte* from, int32_t count, const Body& body) {
+  constexpr int kStep = kVectors * Simd::kLanes;
+  const auto* source = reinterpret_cast<const typename Element::Storage*>(from);
+  typename Simd::Float x[kVectors];
+  int32_t i = 0;
+  for (; i + kStep <= count; i += kStep) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v)
+      x[v] = Element::template load<Simd>(source + i + v * Simd::kLanes);
+    body(i, x);
+  }
+  if (i == count) return;
+  float rest[kStep];
+  widen_values<Simd, Element>(reinterpret_cast<const std::byte*>(source + i), count - i, kStep,
+                              rest);
+  for (int v = 0; v < kVectors; ++v) x[v] = Simd::load(rest + v * Simd::kLanes);
+  body(i, x);
+}
+
+// Calls f with the element of a type.
+template <class F>
+void with_element(ScalarType type, const F& f) {
+  switch (type) {
+    case ScalarType::kF32:
+      return f(F32Element{});
+    case ScalarType::kBf16:
+      return f(Bf16Element{});
+    case ScalarType::kF16:
+      return f(F16Element{});
+  }
+}
+
+// kLanes f32 values as values [i, i + kLanes) of `to`.
+template <class Simd>
+[[gnu::always_inline]] inline void store_vector(ScalarType type, typename Simd::Float x, int32_t i,
+                                                std::byte* to) {
+  switch (type) {
+    case ScalarType::kF32:
+      return Simd::store(reinterpret_cast<float*>(to) + i, x);
+    case ScalarType::kBf16:
+      return Simd::store_bf16(to + 2 * i, x);
+    case ScalarType::kF16:
+      return Simd::store_f16(to + 2 * i, x);
+  }
+}
+
 // count f32 values as `type`.
 template <class Simd>
 void store_values(ScalarType type, const float* from, int32_t count, std::byte* to) {
   int32_t i = 0;
-  for (; i + Simd::kLanes <= count; i += Simd::kLanes) {
-    const auto x = Simd::load(from + i);
-    switch (type) {
-      case ScalarType::kF32:
-        Simd::store(reinterpret_cast<float*>(to) + i, x);
-        break;
-      case ScalarType::kBf16:
-        Simd::store_bf16(to + 2 * i, x);
-        break;
-      case ScalarType::kF16:
-        Simd::store_f16(to + 2 * i, x);
-        break;
-    }
-  }
+  for (; i + Simd::kLanes <= count; i += Simd::kLanes)
+    store_vector<Simd>(type, Simd::load(from + i), i, to);
   for (; i < count; ++i) {
     switch (type) {
       case ScalarType::kF32:

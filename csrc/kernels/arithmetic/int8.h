@@ -32,16 +32,15 @@ struct Int8 {
   static constexpr int32_t values_per_sum(int32_t) { return INT32_MAX; }
   // What rounding leaves of a query code is at most half; times this it is a code again.
   static constexpr float kResidualUnit = 254.0f;
-  // Where accumulators start, from the query's codes: the keys' bias costs nothing.
-  static int32_t query_start(const std::byte* codes, int32_t count) {
+  // Where accumulators start, in sums of query codes: the keys' bias costs nothing.
+  static constexpr int32_t kStart = -128;
+  // Sums of codes, zeros behind the last.
+  static Word sum_codes(const std::byte* codes, int32_t count) {
     const Word ones = Simd::set_word(0x01010101);
     Word sums = Simd::zero_word();
-    for (int32_t i = 0; i < count; i += 4 * Simd::kLanes)  // zeros behind the last
+    for (int32_t i = 0; i < count; i += 4 * Simd::kLanes)
       sums = Simd::dot_u8s8(sums, ones, Simd::load_word(codes + i));
-    int32_t lanes[Simd::kLanes], sum = 0;
-    Simd::store_word(lanes, sums);
-    for (const int32_t lane : lanes) sum += lane;
-    return -128 * sum;
+    return sums;
   }
 
   static Acc dot_key(Acc sum, Word query, Word key) { return Simd::dot_u8s8(sum, key, query); }

@@ -71,6 +71,7 @@ struct Avx2 {
   // Words.
   static Float to_float(Word x) { return _mm256_cvtepi32_ps(x); }
   static Word round_to_word(Float x) { return _mm256_cvtps_epi32(x); }
+  static Word add_word(Word a, Word b) { return _mm256_add_epi32(a, b); }
   static Word bit_or(Word a, Word b) { return _mm256_or_si256(a, b); }
   static Word bit_xor(Word a, Word b) { return _mm256_xor_si256(a, b); }
   template <int kBits>

@@ -21,8 +21,8 @@
 // - dot_s16: int32 dot of int16 pairs
 // - widen8, rescale16: 2 * kLanes byte codes as int16; (code << kShift) * factor / 2^15, rounded
 // - dot_u8s8: int32 dot of four codes, the first unsigned
-// - broadcast_quad, sum_quads, add_word: with dot_u8s8 and 16 lanes: four words in every quarter;
-//   the sums of the quarters of four vectors (query.h, kQuads)
+// - broadcast_quad, sum_quads: with dot_u8s8 and 16 lanes: four words in every quarter; the sums of
+//   the quarters of four vectors (query.h, kQuads)
 // - largest_of_eight: of eight unsigned 16-bit values
 // - unpack4, unpack6: kBytes codes of four bits, or of six minus 32, from their planes
 // - look_up4, rescale8: four-bit codes through a table; code * factor / 128 as int8, rounded
@@ -87,6 +87,7 @@ concept SimdVocabulary =
       };
       requires !S::kInt8Dot || requires {
         { S::dot_u8s8(w, w, w) } -> std::same_as<typename S::Word>;
+        { S::add_word(w, w) } -> std::same_as<typename S::Word>;
         S::interleave8(w, w, w, w, ws);
         S::restore8(fs);
         S::store_s8(v, w);
@@ -94,7 +95,6 @@ concept SimdVocabulary =
       requires !(S::kInt8Dot && S::kLanes == 16) || requires {
         { S::broadcast_quad(cv) } -> std::same_as<typename S::Word>;
         { S::sum_quads(ws) } -> std::same_as<typename S::Word>;
-        { S::add_word(w, w) } -> std::same_as<typename S::Word>;
       };
     };
 
