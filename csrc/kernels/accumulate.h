@@ -45,15 +45,7 @@ void accumulate_block(const ValueColumns& values, const Output& output, int32_t 
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-    for (int c = 0; c < kColumns; ++c) {
-      if constexpr (Arithmetic::kScaled) {
-        acc[r][c] = Simd::zero_word();
-      } else {
-        acc[r][c] = output.first ? Simd::zero()
-                                 : Simd::mul(Simd::set(s.correction[row + r]),
-                                             Simd::load(out + r * output.width + c * Simd::kLanes));
-      }
-    }
+    for (int c = 0; c < kColumns; ++c) acc[r][c] = typename Arithmetic::Acc{};
   }
   const std::byte* p = s.probability + static_cast<int64_t>(row) * 4;
   for (int32_t page = 0; page < values.pages; ++page) {
@@ -80,21 +72,29 @@ void accumulate_block(const ValueColumns& values, const Output& output, int32_t 
       p += static_cast<int64_t>(rows) * 4;
     }
   }
+  // The output so far joins last: the products of the next block do not wait for it.
+  auto store = [&]<bool kFirst> {
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-    for (int c = 0; c < kColumns; ++c) {
-      float* to = out + r * output.width + c * Simd::kLanes;
-      if constexpr (Arithmetic::kScaled) {
-        const auto before = output.first
-                                ? Simd::zero()
-                                : Simd::mul(Simd::set(s.correction[row + r]), Simd::load(to));
-        Simd::store(
-            to, Simd::fma(Simd::set(s.value_scale[row + r]), Simd::to_float(acc[r][c]), before));
-      } else {
-        Simd::store(to, acc[r][c]);
+      for (int c = 0; c < kColumns; ++c) {
+        float* to = out + r * output.width + c * Simd::kLanes;
+        typename Simd::Float sum;
+        if constexpr (Arithmetic::kScaled) {
+          sum = Simd::mul(Simd::set(s.value_scale[row + r]), Simd::to_float(acc[r][c]));
+        } else {
+          sum = acc[r][c];
+        }
+        if constexpr (!kFirst)
+          sum = Simd::fma(Simd::set(s.correction[row + r]), Simd::load(to), sum);
+        Simd::store(to, sum);
       }
     }
+  };
+  if (output.first) {
+    store.template operator()<true>();
+  } else {
+    store.template operator()<false>();
   }
 }
 

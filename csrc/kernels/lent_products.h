@@ -246,8 +246,8 @@ class LentProducts {
                           const Scratch& s) {
     const Float factor = Simd::set(s.correction[row]), scale = Simd::set(s.value_scale[row]);
     for (int32_t d = 0; d < n; d += kLanes) {
-      const Float before = Simd::mul(factor, Simd::load(out + d));
-      Simd::store(out + d, Simd::fma(scale, Simd::to_float(Simd::load_word(sums + d * 4)), before));
+      const Float sum = Simd::mul(scale, Simd::to_float(Simd::load_word(sums + d * 4)));
+      Simd::store(out + d, Simd::fma(factor, Simd::load(out + d), sum));
     }
   }
 
