@@ -57,6 +57,16 @@ template <class Simd, class Arithmetic, int kTokens, int kVectors, bool kResidua
     const Span& span = tile.key[seg];
     const std::byte* key = span.group[t / kPage] + t % kPage * span.stride;
     [[maybe_unused]] typename Simd::Float sum[kTokens][kVectors];
+    if constexpr (Arithmetic::kScaled) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const Acc start = Arithmetic::kBiased
+                              ? Simd::load_word(packed.start[seg] + row + v * kLanes)
+                              : Simd::zero_word();
+#pragma GCC unroll 16
+        for (int i = 0; i < kTokens; ++i) acc[i][v] = start;
+      }
+    }
     if constexpr (Arithmetic::kPartialSums) {
 #pragma GCC unroll 16
       for (int i = 0; i < kTokens; ++i) {
@@ -68,16 +78,6 @@ template <class Simd, class Arithmetic, int kTokens, int kVectors, bool kResidua
       end = Arithmetic::kPartialSums && packed.words_per_sum < span.words - begin
                 ? begin + packed.words_per_sum
                 : span.words;
-      if constexpr (Arithmetic::kScaled) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-          const Acc start = Arithmetic::kBiased
-                                ? Simd::load_word(packed.start[seg] + row + v * kLanes)
-                                : Simd::zero_word();
-#pragma GCC unroll 16
-          for (int i = 0; i < kTokens; ++i) acc[i][v] = start;
-        }
-      }
       for (int32_t g = begin; g < end; ++g) {
         Word q[kVectors];
 #pragma GCC unroll 4
@@ -101,8 +101,10 @@ template <class Simd, class Arithmetic, int kTokens, int kVectors, bool kResidua
 #pragma GCC unroll 16
         for (int i = 0; i < kTokens; ++i) {
 #pragma GCC unroll 4
-          for (int v = 0; v < kVectors; ++v)
+          for (int v = 0; v < kVectors; ++v) {
             sum[i][v] = Simd::add(sum[i][v], Simd::to_float(acc[i][v]));
+            acc[i][v] = Simd::zero_word();
+          }
         }
       }
     }
