@@ -96,7 +96,7 @@ Recoding recoding(const std::byte* scales, int32_t blocks, float code_max, float
 // of block b + i are multiplied with. They are in memory, since loads can spread a word over a
 // vector, and shuffles have enough to do.
 template <class Simd, int kStep, class Recode>
-void recode_blocks(const Recoding& r, Recode recode) {
+[[gnu::always_inline]] inline void recode_blocks(const Recoding& r, Recode recode) {
   for (int32_t b0 = 0; b0 < r.blocks; b0 += Simd::kLanes) {
     const std::byte* from = r.scales + 2 * b0;
     const int32_t count = r.blocks - b0 < Simd::kLanes ? r.blocks - b0 : Simd::kLanes;

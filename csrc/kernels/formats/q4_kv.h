@@ -192,7 +192,7 @@ struct Q4Kv {
                     const RowLayout& layout, std::byte* row) {
     const auto bias = Simd::set_word(static_cast<int32_t>(0x80808080u));
     const Planes from = planes(codes, layout.latent, layout.rope);
-    recode_blocks<Simd, Simd::kBytes / kBlock>(latent, [&](int32_t b, const int32_t* factors) {
+    recode_blocks<Simd, Simd::kBytes / kBlock>(latent, [=](int32_t b, const int32_t* factors) {
       const auto level = levels<Simd>(from.nibbles, b, latent.blocks);
       Simd::store_word(row + b * kBlock, Simd::bit_xor(Simd::rescale8(level, factors), bias));
     });
@@ -211,7 +211,7 @@ struct Q4Kv {
                     const RowLayout& layout, std::byte* row) {
     constexpr int kWide = 2 * Simd::kLanes;
     const Planes from = planes(codes, layout.latent, layout.rope);
-    recode_blocks<Simd, Simd::kBytes / kBlock>(latent, [&](int32_t b, const int32_t* factors) {
+    recode_blocks<Simd, Simd::kBytes / kBlock>(latent, [=](int32_t b, const int32_t* factors) {
       alignas(64) std::byte level[Simd::kBytes];
       Simd::store_word(level, levels<Simd>(from.nibbles, b, latent.blocks));
       for (int i = 0; i < Simd::kBytes; i += kWide) {

@@ -130,34 +130,34 @@ struct Q6_0 {
   static void stage(Arithmetic a, const std::byte* codes, const Ready& ready,
                     const RowLayout& layout, std::byte* row) {
     const int32_t d = layout.latent + layout.rope;
-    recode(a, ready.latent, codes, d, 0, row);
-    recode(a, ready.rope, codes, d, layout.latent / kBlock, row + layout.rope_offset);
+    recode(a, ready.latent, planes(codes, d, 0), row);
+    recode(a, ready.rope, planes(codes, d, layout.latent / kBlock), row + layout.rope_offset);
     const float scales[2] = {ready.latent.scale, ready.rope.scale};
     __builtin_memcpy(row + layout.scale_offset, scales, 8);
   }
 
  private:
-  // Unpacks the blocks of one vector from block b on. Where fewer are left before `end`, the rest
-  // is 0.
+  // Unpacks the blocks of one vector from block b of `blocks` on. Where fewer are left, the rest is
+  // anything.
   template <class Simd>
-  static typename Simd::Word unpack(const std::byte* codes, int32_t d, int32_t b, int32_t end) {
+  static typename Simd::Word unpack(const Planes& from, int32_t b, int32_t blocks) {
     constexpr int kBlocks = Simd::kBytes / kBlock;
-    const Planes from = planes(codes, d, b);
-    if (b + kBlocks <= end) return Simd::unpack6(from.nibbles, from.high);
-    std::byte nibbles[16 * kBlocks] = {}, high[8 * kBlocks] = {};
-    __builtin_memcpy(nibbles, from.nibbles, 16);
-    __builtin_memcpy(high, from.high, 8);
-    return Simd::unpack6(nibbles, high);
+    const std::byte *nibbles = from.nibbles + 16 * b, *high = from.high + 8 * b;
+    if (b + kBlocks <= blocks) return Simd::unpack6(nibbles, high);
+    std::byte some_nibbles[16 * kBlocks] = {}, some_high[8 * kBlocks] = {};
+    __builtin_memcpy(some_nibbles, nibbles, 16);
+    __builtin_memcpy(some_high, high, 8);
+    return Simd::unpack6(some_nibbles, some_high);
   }
 
   template <class Simd>
   static void widen(const std::byte* codes, int32_t d, int32_t first, int32_t blocks, float* to) {
-    const std::byte* scales = planes(codes, d, first).scales;
+    const Planes from = planes(codes, d, first);
     for (int32_t b = 0; b < blocks; ++b) {
       constexpr int kBlocks = Simd::kBytes / kBlock;
       alignas(64) std::byte u[Simd::kBytes];
-      if (b % kBlocks == 0) Simd::store_word(u, unpack<Simd>(codes, d, first + b, first + blocks));
-      const auto scale = Simd::set(f16_to_float(load_u16(scales + 2 * b)));
+      if (b % kBlocks == 0) Simd::store_word(u, unpack<Simd>(from, b, blocks));
+      const auto scale = Simd::set(f16_to_float(load_u16(from.scales + 2 * b)));
       for (int i = 0; i < kBlock; i += Simd::kLanes) {
         const auto code = Simd::load_s8(u + b % kBlocks * kBlock + i);
         Simd::store(to + b * kBlock + i, Simd::mul(code, scale));
@@ -166,22 +166,20 @@ struct Q6_0 {
   }
 
   template <class Simd>
-  static void recode(Int8<Simd>, const Recoding& recoding, const std::byte* codes, int32_t d,
-                     int32_t first, std::byte* to) {
+  static void recode(Int8<Simd>, const Recoding& recoding, const Planes& from, std::byte* to) {
     const auto bias = Simd::set_word(static_cast<int32_t>(0x80808080u));
-    recode_blocks<Simd, Simd::kBytes / kBlock>(recoding, [&](int32_t b, const int32_t* factors) {
-      const auto u = unpack<Simd>(codes, d, first + b, first + recoding.blocks);
+    recode_blocks<Simd, Simd::kBytes / kBlock>(recoding, [=](int32_t b, const int32_t* factors) {
+      const auto u = unpack<Simd>(from, b, recoding.blocks);
       Simd::store_word(to + b * kBlock, Simd::bit_xor(Simd::rescale8(u, factors), bias));
     });
   }
 
   template <class Simd>
-  static void recode(Int16<Simd>, const Recoding& recoding, const std::byte* codes, int32_t d,
-                     int32_t first, std::byte* to) {
+  static void recode(Int16<Simd>, const Recoding& recoding, const Planes& from, std::byte* to) {
     constexpr int kStep = Simd::kBytes / kBlock, kWide = 2 * Simd::kLanes;
-    recode_blocks<Simd, kStep>(recoding, [&](int32_t b, const int32_t* factors) {
+    recode_blocks<Simd, kStep>(recoding, [=](int32_t b, const int32_t* factors) {
       alignas(64) std::byte u[Simd::kBytes];
-      Simd::store_word(u, unpack<Simd>(codes, d, first + b, first + recoding.blocks));
+      Simd::store_word(u, unpack<Simd>(from, b, recoding.blocks));
       for (int i = 0; i < Simd::kBytes; i += kWide) {
         const auto code = Simd::widen8(u + i, 0);
         Simd::store_word(to + 2 * (b * kBlock + i),

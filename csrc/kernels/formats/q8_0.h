@@ -99,7 +99,7 @@ struct Q8_0 {
  private:
   template <class Simd>
   static void recode(const Recoding& recoding, const std::byte* codes, std::byte* to) {
-    recode_blocks<Simd, 1>(recoding, [&](int32_t b, const int32_t* factor) {
+    recode_blocks<Simd, 1>(recoding, [=](int32_t b, const int32_t* factor) {
 #pragma GCC unroll 2
       for (int i = 0; i < kBlock; i += 2 * Simd::kLanes) {
         const auto code = Simd::widen8(codes + b * kBlock + i, 0);
