@@ -165,10 +165,11 @@ void accumulate(const Tile& tile, const Output& output, int32_t used, int32_t ro
   constexpr bool kMany = Simd::kRegisters == 32;
   constexpr int kRows = 6, kColumns = kMany ? 4 : 2;
   const int32_t width = output.width;
-  // Interleaving on the fly asks for registers that AVX2 does not have, and for many instructions
-  // where groups are of four tokens: then V is interleaved once, for all rows.
+  // Interleaving on the fly takes registers that AVX2 has not to spare, and many instructions where
+  // groups are of four tokens: then V is interleaved once for all rows, if there are enough of
+  // them.
   if constexpr (kGroup == 4 || (kGroup == 2 && !kMany)) {
-    if (!kMany || used > 16) {
+    if (used > 16 || (kGroup == 4 && !kMany)) {
       for (int32_t d = 0; d < width; d += kGroup * kLanes) {
         Fetch fetch = fetch_next<Arithmetic, kRows, kColumns>(tile, d, used, width, kLanes);
         ValueColumns values = interleave_columns<Simd, Arithmetic>(tile, d, s);
