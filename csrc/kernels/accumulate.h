@@ -47,17 +47,21 @@ void accumulate_block(const ValueColumns& values, const Output& output, int32_t 
 #pragma GCC unroll 8
     for (int c = 0; c < kColumns; ++c) acc[r][c] = typename Arithmetic::Acc{};
   }
-  const std::byte* p = s.probability + static_cast<int64_t>(row) * 4;
+  // In registers: what is behind a reference is read and written anew for every group.
+  const std::byte *p = s.probability + static_cast<int64_t>(row) * 4, *ahead = fetch.at;
+  const int64_t ahead_step = fetch.step, stride = values.stride, value_row = values.row,
+                p_step = static_cast<int64_t>(rows) * 4;
+  const int32_t groups = values.groups;
   for (int32_t page = 0; page < values.pages; ++page) {
     const std::byte* v = values.page[page];
-    for (int32_t g = 0; g < values.groups; ++g, v += values.stride) {
-      Simd::prefetch(fetch.at);
-      fetch.at += fetch.step;
+    for (int32_t g = 0; g < groups; ++g, v += stride, p += p_step) {
+      Simd::prefetch(ahead);
+      ahead += ahead_step;
       Word value[kColumns];
       if constexpr (kInterleave) {
 #pragma GCC unroll 8
         for (int c = 0; c < kColumns; c += kGroup)
-          Arithmetic::interleave(v + c / kGroup * kVectorBytes, values.row, value + c);
+          Arithmetic::interleave(v + c / kGroup * kVectorBytes, value_row, value + c);
       } else {
 #pragma GCC unroll 8
         for (int c = 0; c < kColumns; ++c) value[c] = Simd::load_word(v + c * kVectorBytes);
@@ -69,9 +73,9 @@ void accumulate_block(const ValueColumns& values, const Output& output, int32_t 
         for (int c = 0; c < kColumns; ++c)
           acc[r][c] = Arithmetic::dot_value(acc[r][c], probability, value[c]);
       }
-      p += static_cast<int64_t>(rows) * 4;
     }
   }
+  fetch.at = ahead;
   // The output so far joins last: the products of the next block do not wait for it.
   auto store = [&]<bool kFirst> {
 #pragma GCC unroll 8
