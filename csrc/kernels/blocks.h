@@ -8,13 +8,8 @@ namespace {
 // Calls f<count>(), kLeast <= count <= kMost.
 template <int kMost, int kLeast, class F>
 [[gnu::always_inline]] inline void with_count(int32_t count, const F& f) {
-  if constexpr (kMost == kLeast) {
-    f.template operator()<kMost>();
-  } else if (count == kMost) {
-    f.template operator()<kMost>();
-  } else {
-    with_count<kMost - 1, kLeast>(count, f);
-  }
+  if (kMost == kLeast || count == kMost) return f.template operator()<kMost>();
+  if constexpr (kMost > kLeast) with_count<kMost - 1, kLeast>(count, f);
 }
 
 // Calls block<n>(i) for blocks [i, i + n) of [begin, end), in as few of at most kMost as there can

@@ -36,9 +36,8 @@ void append_rows(const AppendParams& p, int64_t begin, int64_t end, float* row) 
   for (int64_t i = begin; i < end; ++i) {
     const int64_t slot = p.slot_mapping[i];
     if (slot < 0) continue;
-    load_values<Simd>(p.type, p.kv_c + i * p.kv_c_stride, cache.latent, cache.latent, row);
-    if (cache.rope > 0)
-      load_values<Simd>(p.type, p.k_pe + i * p.k_pe_stride, cache.rope, cache.rope, rope);
+    load_values<Simd>(p.type, p.kv_c + i * p.kv_c_stride, cache.latent, row);
+    if (cache.rope > 0) load_values<Simd>(p.type, p.k_pe + i * p.k_pe_stride, cache.rope, rope);
     const int64_t block = slot / cache.block_size, offset = slot % cache.block_size;
     encode(row, cache.latent, rope, cache.rope,
            cache.kv_c.data + block * cache.kv_c.block_stride + offset * cache.kv_c.token_stride,

@@ -9,17 +9,24 @@
 namespace flashmla {
 namespace {
 
-// count values of `type`, then zeros up to `padded`.
-template <class Simd>
-void load_values(ScalarType type, const std::byte* from, int32_t count, int32_t padded, float* to) {
+// Calls f with the element of a type.
+template <class F>
+void with_element(ScalarType type, const F& f) {
   switch (type) {
     case ScalarType::kF32:
-      return widen_values<Simd, F32Element>(from, count, padded, to);
+      return f(F32Element{});
     case ScalarType::kBf16:
-      return widen_values<Simd, Bf16Element>(from, count, padded, to);
+      return f(Bf16Element{});
     case ScalarType::kF16:
-      return widen_values<Simd, F16Element>(from, count, padded, to);
+      return f(F16Element{});
   }
+}
+
+// count values of `type`.
+template <class Simd>
+void load_values(ScalarType type, const std::byte* from, int32_t count, float* to) {
+  with_element(
+      type, [=]<class Element>(Element) { widen_values<Simd, Element>(from, count, count, to); });
 }
 
 // Calls body(i, x) for the values [i, i + kVectors * kLanes) of `count`, zeros behind the last.
@@ -43,19 +50,6 @@ void for_vectors(Element, const std::byte* from, int32_t count, const Body& body
   body(i, x);
 }
 
-// Calls f with the element of a type.
-template <class F>
-void with_element(ScalarType type, const F& f) {
-  switch (type) {
-    case ScalarType::kF32:
-      return f(F32Element{});
-    case ScalarType::kBf16:
-      return f(Bf16Element{});
-    case ScalarType::kF16:
-      return f(F16Element{});
-  }
-}
-
 // kLanes f32 values as values [i, i + kLanes) of `to`.
 template <class Simd>
 [[gnu::always_inline]] inline void store_vector(ScalarType type, typename Simd::Float x, int32_t i,
@@ -76,19 +70,10 @@ void store_values(ScalarType type, const float* from, int32_t count, std::byte* 
   int32_t i = 0;
   for (; i + Simd::kLanes <= count; i += Simd::kLanes)
     store_vector<Simd>(type, Simd::load(from + i), i, to);
-  for (; i < count; ++i) {
-    switch (type) {
-      case ScalarType::kF32:
-        reinterpret_cast<float*>(to)[i] = from[i];
-        break;
-      case ScalarType::kBf16:
-        reinterpret_cast<uint16_t*>(to)[i] = float_to_bf16(from[i]);
-        break;
-      case ScalarType::kF16:
-        reinterpret_cast<uint16_t*>(to)[i] = float_to_f16(from[i]);
-        break;
-    }
-  }
+  with_element(type, [=]<class Element>(Element) {
+    for (int32_t j = i; j < count; ++j)
+      reinterpret_cast<typename Element::Storage*>(to)[j] = Element::narrow(from[j]);
+  });
 }
 
 }  // namespace

@@ -92,6 +92,17 @@ Recoding recoding(const std::byte* scales, int32_t blocks, float code_max, float
   return {scales, blocks, scale, scale > 0 ? unit / scale : 0};
 }
 
+// Of both segments of a row.
+struct RowRecoding {
+  Recoding latent, rope;
+};
+
+[[maybe_unused]] inline void store_scales(const RowRecoding& r, const RowLayout& layout,
+                                          std::byte* row) {
+  const float scales[2] = {r.latent.scale, r.rope.scale};
+  __builtin_memcpy(row + layout.scale_offset, scales, 8);
+}
+
 // Calls recode(b, factors) for every kStep-th block b: both halves of factors[i] are what the codes
 // of block b + i are multiplied with. They are in memory, since loads can spread a word over a
 // vector, and shuffles have enough to do.

@@ -111,12 +111,9 @@ struct Q6_0 {
 
   // Block scales become one scale per segment; codes move from +-32 to the whole range of the
   // arithmetic.
-  struct Ready {
-    Recoding latent, rope;
-  };
   template <class Arithmetic>
     requires(Arithmetic::kScaled)
-  static Ready prepare(Arithmetic, const std::byte* codes, const RowLayout& layout) {
+  static RowRecoding prepare(Arithmetic, const std::byte* codes, const RowLayout& layout) {
     using Simd = typename Arithmetic::Vocabulary;
     // Products are taken to units of 1 / 128 (8 bits) and 1 / 64.
     constexpr float kMost = Arithmetic::kKeyMax, kUnit = Arithmetic::kBytes == 1 ? 128 : 64;
@@ -127,13 +124,12 @@ struct Q6_0 {
   }
   template <class Arithmetic>
     requires(Arithmetic::kScaled)
-  static void stage(Arithmetic a, const std::byte* codes, const Ready& ready,
+  static void stage(Arithmetic a, const std::byte* codes, const RowRecoding& ready,
                     const RowLayout& layout, std::byte* row) {
     const int32_t d = layout.latent + layout.rope;
     recode(a, ready.latent, planes(codes, d, 0), row);
     recode(a, ready.rope, planes(codes, d, layout.latent / kBlock), row + layout.rope_offset);
-    const float scales[2] = {ready.latent.scale, ready.rope.scale};
-    __builtin_memcpy(row + layout.scale_offset, scales, 8);
+    store_scales(ready, layout, row);
   }
 
  private:

@@ -76,11 +76,8 @@ struct Q8_0 {
   }
 
   // Block scales become one scale per segment.
-  struct Ready {
-    Recoding latent, rope;
-  };
   template <class Simd>
-  static Ready prepare(Int16<Simd>, const std::byte* codes, const RowLayout& layout) {
+  static RowRecoding prepare(Int16<Simd>, const std::byte* codes, const RowLayout& layout) {
     constexpr float kMost = Int16<Simd>::kKeyMax;
     const std::byte* scales = codes + layout.latent + layout.rope;
     const int32_t blocks = layout.latent / kBlock;
@@ -88,12 +85,11 @@ struct Q8_0 {
             recoding<Simd>(scales + 2 * blocks, layout.rope / kBlock, 128, kMost, 256)};
   }
   template <class Simd>
-  static void stage(Int16<Simd>, const std::byte* codes, const Ready& ready,
+  static void stage(Int16<Simd>, const std::byte* codes, const RowRecoding& ready,
                     const RowLayout& layout, std::byte* row) {
     recode<Simd>(ready.latent, codes, row);
     recode<Simd>(ready.rope, codes + layout.latent, row + layout.rope_offset);
-    const float scales[2] = {ready.latent.scale, ready.rope.scale};
-    __builtin_memcpy(row + layout.scale_offset, scales, 8);
+    store_scales(ready, layout, row);
   }
 
  private:

@@ -18,12 +18,8 @@ template <class Format, ScalarType kQuery>
 constexpr Pipeline lent() {
   using Simd = Avx512Bf16;
   constexpr ArithmeticId id = Format::template arithmetic<Simd>(kQuery);
-  if constexpr (id == ArithmeticId::kBf16) {
-    using Arithmetic = Bf16<Simd>;
-    return pipeline<Simd, Arithmetic, Format, LentProducts<Simd, Arithmetic>>(id, "bf16");
-  } else if constexpr (id == ArithmeticId::kInt8) {
-    using Arithmetic = Int8<Simd>;
-    return pipeline<Simd, Arithmetic, Format, LentProducts<Simd, Arithmetic>>(id, "int8");
+  if constexpr (id == ArithmeticId::kBf16 || id == ArithmeticId::kInt8) {
+    return choose<Simd, Format, kQuery, LentProducts>();
   } else {
     return {};
   }

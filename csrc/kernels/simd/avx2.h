@@ -51,11 +51,6 @@ struct Avx2 {
   static Float round(Float a) {
     return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  static float reduce_max(Float a) {
-    __m128 m = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
-    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
-  }
 
   static Float exponent(Float x) {
     const Word biased = _mm256_srli_epi32(_mm256_castps_si256(x), 23);

@@ -64,7 +64,6 @@ struct Avx512 {
   static Float round(Float a) {
     return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  static float reduce_max(Float a) { return _mm512_reduce_max_ps(a); }
 
   // x = mantissa * 2^exponent, mantissa in [1, 2), for positive normal x.
   static Float exponent(Float x) { return _mm512_getexp_ps(x); }

@@ -46,7 +46,6 @@ concept SimdVocabulary =
       { S::fma(f, f, f) } -> std::same_as<typename S::Float>;
       { S::fma_at(f, cv, f) } -> std::same_as<typename S::Float>;
       { S::max(f, f) } -> std::same_as<typename S::Float>;
-      { S::reduce_max(f) } -> std::same_as<float>;
       { S::to_float(w) } -> std::same_as<typename S::Float>;
       { S::round_to_word(f) } -> std::same_as<typename S::Word>;
       { S::select_in_range(0, w, w, f, f) } -> std::same_as<typename S::Float>;

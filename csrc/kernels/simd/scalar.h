@@ -47,11 +47,6 @@ struct Scalar {
     for (int i = 0; i < kLanes; ++i) r[i] = __builtin_rintf(a[i]);
     return r;
   }
-  static float reduce_max(Float a) {
-    float m = a[0];
-    for (int i = 1; i < kLanes; ++i) m = m > a[i] ? m : a[i];
-    return m;
-  }
 
   // Words.
   static Float to_float(Word x) { return __builtin_convertvector(x, Float); }
