@@ -77,6 +77,13 @@ def test_layer_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
     assert output.count("x │") == 3
 
 
+def test_errors_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
+    assert load_program("benchmarks/errors.py").main(["--isa", "scalar", "--formats", "q8_kv"]) == 0
+    cells = [cell.strip() for cell in table_row(capsys.readouterr().out, "q8_kv")]
+    assert cells[2:4] == ["scalar", "F32"]
+    assert all(0.99 < float(cell.split(",")[0]) < 1.01 for cell in cells[4:])
+
+
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "q8_kv"])
 def test_shared_prompt(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kv_cache_dtype: str
