@@ -17,8 +17,8 @@
 
 #include LEVEL_HEADER
 
-#include "kernels/formats.h"
-#include "kernels/level.h"
+#include "kernels/formats/formats.h"
+#include "kernels/levels/level.h"
 
 namespace flashmla {
 namespace {

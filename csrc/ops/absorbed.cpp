@@ -1,7 +1,7 @@
 // absorbed.cpp: the absorbed form (forms.h). The products are ATen's (oneDNN).
 #include <ATen/ops/bmm.h>
 
-#include "kernels/visible.h"
+#include "kernels/call/visible.h"
 #include "ops/checks.h"
 #include "ops/forms.h"
 

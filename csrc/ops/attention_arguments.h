@@ -5,7 +5,7 @@
 #pragma once
 #include <string_view>
 
-#include "kernels/params.h"
+#include "kernels/call/params.h"
 #include "ops/cache_arguments.h"
 #include "ops/ops.h"
 

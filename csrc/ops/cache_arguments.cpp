@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "kernels/formats.h"
+#include "kernels/formats/formats.h"
 #include "ops/checks.h"
 
 namespace flashmla {

@@ -3,7 +3,7 @@
 #pragma once
 #include <string_view>
 
-#include "kernels/params.h"
+#include "kernels/call/params.h"
 #include "ops/ops.h"
 
 namespace flashmla {

@@ -1,5 +1,5 @@
 // call_parts.cpp: parts of a call as calls of their own (forms.h).
-#include "kernels/visible.h"
+#include "kernels/call/visible.h"
 #include "ops/forms.h"
 
 namespace flashmla {

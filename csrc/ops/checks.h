@@ -8,8 +8,8 @@
 #include <cstdlib>
 #include <limits>
 
-#include "kernels/dispatch.h"
-#include "kernels/params.h"
+#include "kernels/call/params.h"
+#include "kernels/levels/dispatch.h"
 
 namespace flashmla {
 

@@ -10,9 +10,9 @@
 #include <algorithm>
 #include <vector>
 
-#include "kernels/driver.h"
-#include "kernels/kernel_table.h"
-#include "kernels/visible.h"
+#include "kernels/call/driver.h"
+#include "kernels/call/kernel_table.h"
+#include "kernels/call/visible.h"
 #include "ops/checks.h"
 #include "ops/forms.h"
 #include "ops/parallel.h"

@@ -1,8 +1,8 @@
 // form.cpp: which form of mla_attention_kv_b costs less.
 #include <string_view>
 
-#include "kernels/kernel_table.h"
-#include "kernels/visible.h"
+#include "kernels/call/kernel_table.h"
+#include "kernels/call/visible.h"
 #include "ops/forms.h"
 
 namespace flashmla {

@@ -5,7 +5,7 @@
 //
 // Each takes a run of neighbouring sequences, given by of_sequences().
 #pragma once
-#include "kernels/params.h"
+#include "kernels/call/params.h"
 #include "ops/attention_arguments.h"
 #include "ops/ops.h"
 

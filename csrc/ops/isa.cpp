@@ -5,9 +5,9 @@
 
 #include <atomic>
 
-#include "kernels/dispatch.h"
-#include "kernels/formats.h"
-#include "kernels/kernel_table.h"
+#include "kernels/call/kernel_table.h"
+#include "kernels/formats/formats.h"
+#include "kernels/levels/dispatch.h"
 #include "ops/checks.h"
 #include "ops/ops.h"
 #include "ops/parallel.h"

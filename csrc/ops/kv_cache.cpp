@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "kernels/driver.h"
+#include "kernels/call/driver.h"
 #include "ops/cache_arguments.h"
 #include "ops/checks.h"
 #include "ops/parallel.h"

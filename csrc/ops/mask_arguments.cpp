@@ -1,7 +1,7 @@
 // mask_arguments.cpp: checks of attn_mask, and its reduction to ranges of keys (mask_rows.h).
 #include "ops/mask_arguments.h"
 
-#include "kernels/mask_rows.h"
+#include "kernels/call/mask_rows.h"
 #include "ops/checks.h"
 
 namespace flashmla {

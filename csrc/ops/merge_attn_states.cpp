@@ -1,6 +1,6 @@
 // merge_attn_states.cpp: combines two partial attention results of the same queries over different
 // keys by their log-sum-exp.
-#include "kernels/driver.h"
+#include "kernels/call/driver.h"
 #include "ops/checks.h"
 #include "ops/ops.h"
 #include "ops/parallel.h"

@@ -4,7 +4,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
-#include "kernels/visible.h"
+#include "kernels/call/visible.h"
 #include "ops/attention_arguments.h"
 #include "ops/checks.h"
 #include "ops/forms.h"

@@ -18,7 +18,7 @@
 #include <exception>
 #include <unordered_set>
 
-#include "kernels/dispatch.h"
+#include "kernels/levels/dispatch.h"
 #include "ops/checks.h"
 
 namespace flashmla {

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <tuple>
 
-#include "kernels/matrix_engine.h"
+#include "kernels/call/matrix_engine.h"
 
 namespace flashmla {
 

@@ -1,7 +1,7 @@
 // parallel.h: the threads and the memory that the operators lend to the kernels (driver.h,
 // Executor).
 #pragma once
-#include "kernels/driver.h"
+#include "kernels/call/driver.h"
 
 namespace flashmla {
 

@@ -20,11 +20,11 @@
 #include <thread>
 #include <vector>
 
-#include "kernels/dispatch.h"
-#include "kernels/driver.h"
-#include "kernels/formats.h"
-#include "kernels/kernel_table.h"
-#include "kernels/numeric.h"
+#include "kernels/arithmetic/numeric.h"
+#include "kernels/call/driver.h"
+#include "kernels/call/kernel_table.h"
+#include "kernels/formats/formats.h"
+#include "kernels/levels/dispatch.h"
 
 namespace flashmla {
 namespace {

@@ -3,8 +3,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "kernels/numeric.h"
-#include "kernels/row_layout.h"
+#include "kernels/arithmetic/numeric.h"
+#include "kernels/formats/row_layout.h"
 
 namespace flashmla {
 namespace {

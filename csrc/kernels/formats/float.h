@@ -3,12 +3,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/arithmetic/arithmetic_id.h"
 #include "kernels/arithmetic/bf16.h"
 #include "kernels/arithmetic/f32.h"
-#include "kernels/arithmetic_id.h"
-#include "kernels/numeric.h"
-#include "kernels/params.h"
-#include "kernels/row_layout.h"
+#include "kernels/arithmetic/numeric.h"
+#include "kernels/call/params.h"
+#include "kernels/formats/row_layout.h"
 
 namespace flashmla {
 namespace {

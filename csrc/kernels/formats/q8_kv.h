@@ -7,13 +7,13 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/arithmetic/arithmetic_id.h"
 #include "kernels/arithmetic/f32.h"
 #include "kernels/arithmetic/int16.h"
 #include "kernels/arithmetic/int8.h"
-#include "kernels/arithmetic_id.h"
+#include "kernels/call/params.h"
 #include "kernels/formats/block_scale.h"
-#include "kernels/params.h"
-#include "kernels/row_layout.h"
+#include "kernels/formats/row_layout.h"
 
 namespace flashmla {
 namespace {

@@ -1,3 +1,6 @@
+// The room simd/: the vector vocabulary, one file per instruction set; intrinsics are named nowhere
+// else. May include arithmetic/ (conversions of single numbers).
+//
 // simd/concept.h: the vector vocabulary that every instruction set defines, and what each verb
 // means.
 //

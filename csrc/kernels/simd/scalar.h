@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "kernels/numeric.h"
+#include "kernels/arithmetic/numeric.h"
 
 namespace flashmla {
 namespace {

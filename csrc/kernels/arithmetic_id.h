@@ -1,9 +1,0 @@
-// arithmetic_id.h: names of the arithmetics, for tables and choices.
-#pragma once
-#include <cstdint>
-
-namespace flashmla {
-
-enum class ArithmeticId : int32_t { kNone, kF32, kBf16, kInt8, kInt16 };
-
-}  // namespace flashmla
