@@ -14,8 +14,8 @@ import torch_flash_mla
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = Path(torch_flash_mla.__file__).with_name("_C.so")
-ISA_OBJECTS = sorted((ROOT / "build" / "kernels" / "CMakeFiles").glob("*.dir/csrc/kernels/levels/*.o"))
-ISA_OBJECTS = [path for path in ISA_OBJECTS if path.name != "dispatch.cpp.o"]  # of no level
+OBJECTS = (ROOT / "build" / "kernels" / "CMakeFiles").glob("*.dir/csrc/kernels/levels/*.o")
+ISA_OBJECTS = sorted(path for path in OBJECTS if path.name != "dispatch.cpp.o")  # of no level
 
 
 def run(*command: str | Path, cwd: Path = ROOT) -> str:
