@@ -40,27 +40,27 @@ constexpr bool kQuads = Arithmetic::kGroup == 4 && Simd::kLanes == 16;
 // Queries that already are rows of the arithmetic (of its only type of that size) in whole vectors
 // of words need no copy.
 template <class Simd, class Arithmetic>
-bool packs_directly(const AttentionParams& p, const RowLayout& layout) {
-  return !Arithmetic::kScaled && size_of(p.q_type) == Arithmetic::kBytes && p.softmax_scale >= 0 &&
+bool packs_directly(const AttentionParams& p, const RowLayout& layout, float multiplier) {
+  return !Arithmetic::kScaled && size_of(p.q_type) == Arithmetic::kBytes && multiplier == 1 &&
          layout.latent % (Simd::kLanes * Arithmetic::kGroup) == 0 &&
          layout.rope % (Simd::kLanes * Arithmetic::kGroup) == 0;
 }
 
-// Packs rows [item.row_begin, item.row_end), zero rows up to `vectors` whole vectors. The sign of
-// the softmax scale goes into the query, so that a larger score is a larger logit; `factor`, into
-// the scales of scaled arithmetics. query_rows: kLanes rows of the arithmetic, to work in.
+// Packs rows [item.row_begin, item.row_end) times `multiplier`, zero rows up to `vectors` whole
+// vectors. The multiplier has the sign of the softmax scale, so that a larger score is a larger
+// logit; `factor` goes into the scales of scaled arithmetics. query_rows: kLanes rows of the
+// arithmetic, to work in.
 template <class Simd, class Arithmetic, bool kByQuads, bool kResidual = false>
 void pack_queries(const AttentionParams& p, const WorkItem& item, const RowLayout& layout,
-                  int vectors, float factor, int32_t key_max, std::byte* query_rows,
-                  PackedQueries& to) {
-  const float sign = p.softmax_scale < 0 ? -1.0f : 1.0f;
+                  int vectors, float multiplier, float factor, int32_t key_max,
+                  std::byte* query_rows, PackedQueries& to) {
   const int32_t first_token = query_tokens(p, item.sequence).begin;
   if constexpr (Arithmetic::kPartialSums)
     to.words_per_sum = Arithmetic::values_per_sum(key_max) / Arithmetic::kGroup;
   using Word = typename Simd::Word;
   const int32_t rows = item.row_end - item.row_begin;
   const int32_t words = layout.groups[0] + layout.groups[1];
-  const bool direct = packs_directly<Simd, Arithmetic>(p, layout);
+  const bool direct = packs_directly<Simd, Arithmetic>(p, layout, multiplier);
   int32_t token = first_token + item.row_begin / p.heads, head = item.row_begin % p.heads;
   for (int v = 0; v < vectors;) {
     const int width = row_vectors<Simd>(v, vectors);
@@ -83,8 +83,8 @@ void pack_queries(const AttentionParams& p, const WorkItem& item, const RowLayou
           source[seg][i] = direct && i < used ? segments[seg].row[i] : encoded + i * layout.stride;
         }
         if (direct || segments[seg].count == 0) continue;
-        encode_queries<Simd, Arithmetic, kResidual>(segments[seg], sign, factor, key_max, encoded,
-                                                    layout.stride, to.scale[seg] + row,
+        encode_queries<Simd, Arithmetic, kResidual>(segments[seg], multiplier, factor, key_max,
+                                                    encoded, layout.stride, to.scale[seg] + row,
                                                     to.start[seg] + row);
       }
       for (int32_t i = used; i < Simd::kLanes; ++i)

@@ -51,6 +51,25 @@ void store_scalar(ScalarType type, std::byte* p, int64_t i, float x) {
 
 }  // namespace
 
+namespace {
+
+// Executes an item; rows that ask for it, alone (attention.h).
+void attend(const KernelTable& table, const AttentionParams& p, BlockShape shape,
+            const WorkItem& item, const MatrixEngine* engine, float* partials, std::byte* scratch) {
+  const RowSet again = table.attend(p, shape, item, engine, partials, scratch);
+  for (int32_t r = 0; !again.empty() && r < item.row_end - item.row_begin; ++r) {
+    if (!again.contains(r)) continue;
+    WorkItem one = item;
+    one.row_begin = item.row_begin + r;
+    one.row_end = one.row_begin + 1;
+    one.partial_row = r;
+    one.alone = true;
+    table.attend(p, shape, one, engine, partials, scratch);
+  }
+}
+
+}  // namespace
+
 void attention(const AttentionParams& p, Plan& plan, const Executor& executor) {
   if (p.batch == 0 || p.q_len == 0 || p.heads == 0) return;
   const KernelTable& table = kernels();
@@ -59,18 +78,28 @@ void attention(const AttentionParams& p, Plan& plan, const Executor& executor) {
   const size_t scratch_bytes = table.scratch_bytes(p, shape);
   const size_t partial_bytes =
       static_cast<size_t>(plan.partials * table.partial_floats(p, shape)) * sizeof(float);
-  auto* partials =
-      plan.partials == 0 ? nullptr : reinterpret_cast<float*>(executor.scratch(1, partial_bytes));
+  auto partial_results = [&] {
+    return plan.partials == 0 ? nullptr
+                              : reinterpret_cast<float*>(executor.scratch(1, partial_bytes));
+  };
+  float* all_partials = plan.own_partials ? nullptr : partial_results();
   run(executor, static_cast<int64_t>(plan.worker_begin.size()) - 1, [&](int64_t w) {
     const auto begin = static_cast<size_t>(plan.worker_begin[static_cast<size_t>(w)]);
     const auto end = static_cast<size_t>(plan.worker_begin[static_cast<size_t>(w) + 1]);
     if (begin == end) return;
     std::byte* scratch = executor.scratch(0, scratch_bytes);
-    for (size_t i = begin; i < end; ++i)
-      table.attend(p, shape, plan.items[i], executor.engine, partials, scratch);
+    float* partials = plan.own_partials ? partial_results() : all_partials;
+    for (size_t i = begin; i < end; ++i) {
+      const WorkItem& item = plan.items[i];
+      attend(table, p, shape, item, executor.engine, partials, scratch);
+      const bool last = i + 1 == end || plan.items[i + 1].partial <= item.partial;
+      if (plan.own_partials && item.partial >= 0 && last)
+        table.merge(p, shape, {item.sequence, item.row_begin, item.row_end, 0, item.partial + 1},
+                    partials);
+    }
   });
   run(executor, static_cast<int64_t>(plan.merges.size()),
-      [&](int64_t i) { table.merge(p, shape, plan.merges[static_cast<size_t>(i)], partials); });
+      [&](int64_t i) { table.merge(p, shape, plan.merges[static_cast<size_t>(i)], all_partials); });
 }
 
 void append(const AppendParams& p, const Executor& executor) {

@@ -20,9 +20,10 @@ struct KernelTable {
   // Floats of one partial result.
   int64_t (*partial_floats)(const AttentionParams& p, BlockShape shape);
   // Executes one item. `partials`: plan.partials * partial_floats; `scratch`: scratch_bytes,
-  // private to the thread. `engine`: for levels that use one, may be null.
-  void (*attend)(const AttentionParams& p, BlockShape shape, const WorkItem& item,
-                 const MatrixEngine* engine, float* partials, std::byte* scratch);
+  // private to the thread. `engine`: for levels that use one, may be null. Returns the rows whose
+  // results are not finite and may become so when they are computed alone.
+  RowSet (*attend)(const AttentionParams& p, BlockShape shape, const WorkItem& item,
+                   const MatrixEngine* engine, float* partials, std::byte* scratch);
   void (*merge)(const AttentionParams& p, BlockShape shape, const MergeItem& item,
                 const float* partials);
   // Rows [begin, end) of an append or of a gather; `row`: L + R floats of scratch.

@@ -46,15 +46,16 @@ size_t scratch_bytes(const AttentionParams& p, BlockShape shape) {
   return pipeline.lay_out(pipeline.row_layout(p.cache), shape, nullptr, unused);
 }
 
-void attend_lent(const AttentionParams& p, BlockShape shape, const WorkItem& item,
-                 const MatrixEngine* engine, float* partials, std::byte* scratch) {
+RowSet attend_lent(const AttentionParams& p, BlockShape shape, const WorkItem& item,
+                   const MatrixEngine* engine, float* partials, std::byte* scratch) {
   const Pipeline& pipeline = lent_pipeline(p);
-  if (pipeline.attend == nullptr || engine == nullptr ||
+  if (pipeline.attend == nullptr || engine == nullptr || item.alone ||
       item.row_end - item.row_begin < engine->least_rows())
     return own().attend(p, shape, item, engine, partials, scratch);
-  pipeline.attend(p, shape, item, pipeline.stage, pipeline.native, pipeline.key_max, engine,
-                  partials, scratch);
+  const RowSet again = pipeline.attend(p, shape, item, pipeline.stage, pipeline.native,
+                                       pipeline.key_max, engine, partials, scratch);
   engine->release();
+  return again;
 }
 
 // Functions with names: lambdas here would be weak symbols.
