@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor> mla_attention_kv_b(
   Attention attention = check_attention(
       {kv_cache, block_table, cache_seqlens, softmax_scale, causal, attn_mask, cache_leftpad,
        indices, topk_length, attn_sink, k_pe_cache, window, kv_cache_dtype, cu_seqlens_q},
-      queries, w_kv_b.size(2));
+      queries, w_kv_b.size(2), "w_kv_b.size(2), L");
 
   AttentionParams& p = attention.params;
   const Projections w = {w_kv_b.narrow(1, 0, nope), w_kv_b.narrow(1, nope, head_dim_v)};
