@@ -86,12 +86,6 @@ QueryRows Queries::rope_rows() const {
   return rows;
 }
 
-Tensor Queries::main() const { return q_pe.has_value() ? q : q.narrow(-1, 0, main_width); }
-
-Tensor Queries::rope() const {
-  return q_pe.has_value() ? *q_pe : q.narrow(-1, main_width, rope_width);
-}
-
 Queries check_queries(const Tensor& q, const OptionalTensor& q_pe, int64_t main_width,
                       bool ragged) {
   check_environment();
@@ -190,7 +184,7 @@ Tensor make_lse(AttentionParams& p, const Queries& queries) {
 
 void run_attention(AttentionParams& p, ScalarType type, const QueryRows& q_latent,
                    const QueryRows& q_rope, const QueryRows& out) {
-  p.q_type = p.out_type = type;
+  p.q_type = p.q_main_type = p.out_type = type;
   p.q = q_latent;
   p.q_pe = q_rope;
   p.out = out;

@@ -43,8 +43,6 @@ struct Queries {
   int64_t tokens() const { return ragged() ? q.size(0) : q.size(0) * q.size(1); }
   QueryRows main_rows() const;
   QueryRows rope_rows() const;
-  Tensor main() const;  // [.., H, main]
-  Tensor rope() const;  // [.., H, R]
 };
 
 Queries check_queries(const Tensor& q, const OptionalTensor& q_pe, int64_t main_width, bool ragged);

@@ -51,11 +51,6 @@ class Buffer {
   size_t size_ = 0;
 };
 
-std::byte* thread_scratch(int slot, size_t bytes) {
-  thread_local Buffer buffers[2];
-  return buffers[slot].at_least(bytes);
-}
-
 // at::parallel_for would need OpenMP flags and its runtime in this library; the stable interface
 // runs the same pool, but makes text of exceptions: they are carried past it.
 void parallel_for(int64_t count, void (*body)(int64_t i, void* context), void* context) {
@@ -73,6 +68,11 @@ void parallel_for(int64_t count, void (*body)(int64_t i, void* context), void* c
 }
 
 }  // namespace
+
+std::byte* thread_scratch(int slot, size_t bytes) {
+  thread_local Buffer buffers[kLatentRows + 1];
+  return buffers[slot].at_least(bytes);
+}
 
 Executor torch_executor() {
   return {at::in_parallel_region() ? 1 : at::get_num_threads(), parallel_for, thread_scratch,

@@ -249,8 +249,8 @@ void merge(const AttentionParams& p, BlockShape shape, const MergeItem& item,
   const float* first = partials + item.first * slot;
   for (int32_t r = 0; item.row_begin + r < item.row_end; ++r) {
     const int32_t token = first_token + (item.row_begin + r) / p.heads,
-                  head = (item.row_begin + r) % p.heads;
-    const float* lse = first + static_cast<int64_t>(shape.rows) * width + r;
+                  head = (item.row_begin + r) % p.heads, row = item.partial_row + r;
+    const float* lse = first + static_cast<int64_t>(shape.rows) * width + row;
     float most = -__builtin_inff();
     bool nan = false;
     for (int32_t i = 0; i < item.count; ++i) {
@@ -274,7 +274,7 @@ void merge(const AttentionParams& p, BlockShape shape, const MergeItem& item,
       for (int32_t i = 0; i < item.count && !none; ++i) {
         if (lse[i * slot] == -__builtin_inff()) continue;
         const float weight = expf(lse[i * slot] - most) / total;
-        const float* from = first + i * slot + static_cast<int64_t>(r) * width + d0;
+        const float* from = first + i * slot + static_cast<int64_t>(row) * width + d0;
         for (int32_t d = 0; d < n; ++d) x[d] += weight * from[d];
       }
       store_values<Simd>(p.out_type, x, n, to + d0 * size_of(p.out_type));
