@@ -1,11 +1,16 @@
 """The attention function that transformers calls for a patched layer: its arguments -> one op call.
 
-A patched layer hands over its *compressed* keys: ``expand_kv`` is replaced by :func:`passthrough`,
-so ``key`` is the latent ``[B, 1, S, L]`` and ``value`` the rotary key ``[B, 1, S, R]``. They are
+A patched layer, or one whose config selects this attention by its name, hands over its *compressed*
+keys (``selection.py``): ``key`` is the latent ``[B, 1, S, L]`` and ``value`` the rotary key
+``[B, 1, S, R]``. They are
 
 * carriers of an MLACache, NaN tensors that point to the pages of the layer (``cache.py``);
 * or the tensors themselves, from any cache of transformers or from none: read in place, in the
   two-tensor form.
+
+Where kv_b_proj is no matrix (``weights.py``), with dropout and for requested attention weights the
+latents are expanded after all, by the layer's own code, and one of transformers' implementations
+attends.
 
 Nothing here branches on lengths or on the values of masks, so a graph compiled for decoding stays
 one graph. (A query of one token and one of many differ in shape, which specialises it anyway.)
@@ -24,12 +29,15 @@ from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from torch_flash_mla import ops
-from torch_flash_mla.integrations.transformers.cache import cache_layer_of
-from torch_flash_mla.integrations.transformers.weights import has_active_dropout, kv_b_weight
+from torch_flash_mla.integrations.transformers.cache import Pages, cache_layer_of
+from torch_flash_mla.integrations.transformers.selection import (
+    ATTENTION_NAME,
+    AttentionModule,
+    expand,
+    passes_latents,
+)
+from torch_flash_mla.integrations.transformers.weights import kv_b_weight
 
-ATTENTION_NAME = "mla_cpu"  # transformers takes any name with "flash" in it for one of its own
-
-AttentionModule: TypeAlias = Any  # an nn.Module of transformers; MLA ones have kv_b_proj, expand_kv
 Mask: TypeAlias = Tensor | BlockMask | None
 
 
@@ -42,11 +50,6 @@ class PatchState:
     """
 
     config: PreTrainedConfig
-
-
-def passthrough(kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
-    """Stands in for ``expand_kv``: [B, 1, S, L] and [B, 1, S, R] go on as they are."""
-    return kv_nope, k_rot
 
 
 def patch_state(module: AttentionModule) -> PatchState | None:
@@ -74,7 +77,8 @@ def mla_attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one layer, in the calling convention of transformers' attention interface.
 
-    Dropout and requested attention weights take the stock path, over keys expanded for that call.
+    Dropout, requested attention weights and a kv_b_proj that is no matrix take the stock path, over
+    keys expanded for that call.
 
     Returns:
         out: [B, Sq, H, V], dtype of ``query``.
@@ -100,38 +104,47 @@ def mla_attention_forward(
 
     if is_mla(module):
         _refuse_unsupported(kwargs)
-    if module.__dict__.get("expand_kv") is not passthrough:
-        # Selected by name, without patch(): this call came with expanded keys, the next will not.
-        if is_mla(module):
-            module.expand_kv = passthrough
-        return _stock_attention(
-            module, name, query, key, value, attention_mask, indices, is_causal, stock_kwargs
-        )
-    if dropout > 0.0 or wants_weights or has_active_dropout(module.kv_b_proj):
-        cached = cache_layer_of(key)
-        if cached is not None and cached.causal_by_length:
-            raise NotImplementedError(
-                "a DecoderStep has neither dropout nor attention weights: call eval() on it, and "
-                "leave output_attentions of the model's config off"
-            )
-        if cached is not None:
-            key, value = cached.gather(key.shape[2], query.dtype)
-        key, value = type(module).expand_kv(module, key, value)
+    # Latents have one head; a class may learn the name while another thread is between the two.
+    if not passes_latents(module) or key.shape[1] == query.shape[1] > 1:
         return _stock_attention(
             module, name, query, key, value, attention_mask, indices, is_causal, stock_kwargs
         )
     mask = attention_mask
+    cached = cache_layer_of(key)
+    if cached is not None:
+        cached.take()
+    weight = None  # [H, P + V, L]
+    if dropout == 0.0 and not wants_weights:
+        heads, latent_dim = query.shape[1], key.shape[3]
+        weight = kv_b_weight(module.kv_b_proj, heads, latent_dim, query.dtype)
+    if weight is None:
+        if cached is not None and cached.causal_by_length:
+            if dropout > 0.0 or wants_weights:
+                raise NotImplementedError(
+                    "a DecoderStep has neither dropout nor attention weights: call eval() on it, "
+                    "and leave output_attentions of the model's config off"
+                )
+            mask = _causal_by_length(cached, query.shape[2], key.shape[2])
+        if cached is not None:
+            key, value = cached.gather(key.shape[2], query.dtype)
+        key, value = expand(module, key, value)
+        return _stock_attention(
+            module, name, query, key, value, mask, indices, is_causal, stock_kwargs
+        )
     if isinstance(mask, BlockMask):
         mask = _dense_block_mask(mask, query, key)
-    out = _mla_attention(module, query, key, value, mask, scaling, is_causal, indices, s_aux)
+    out = _mla_attention(
+        query, key, value, cached, weight, mask, scaling, is_causal, indices, s_aux
+    )
     return out, None
 
 
 def _mla_attention(
-    module: AttentionModule,
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    cached: Pages | None,
+    weight: Tensor,
     mask: Tensor | None,
     scaling: float | None,
     is_causal: bool,
@@ -139,10 +152,8 @@ def _mla_attention(
     s_aux: Tensor | None,
 ) -> Tensor:
     """One call of ``mla_attention_kv_b`` over pages or plain tensors: out [B, Sq, H, V]."""
-    heads, q_length, head_dim = query.shape[1:]
-    latent_dim, rope_dim = key.shape[3], value.shape[3]
-    weight = kv_b_weight(module.kv_b_proj, heads, latent_dim, query.dtype)  # [H, P + V, L]
-    cached = cache_layer_of(key)
+    q_length, head_dim = query.shape[2:]
+    rope_dim = value.shape[3]
     if cached is not None:
         kv_cache, k_pe_cache, kv_cache_dtype = cached.kv_cache(), None, cached.kv_cache_dtype
         block_table, cache_seqlens = cached.block_table(), cached.cache_seqlens()
@@ -223,6 +234,14 @@ def _fold_indices(
 def _causal(query: Tensor, kv_length: int) -> Tensor:
     """What no mask means for several queries: bool [1, 1, Sq, S], causal from the first key on."""
     return query.new_ones(1, 1, query.shape[2], kv_length, dtype=torch.bool).tril()
+
+
+def _causal_by_length(cached: Pages, q_length: int, kv_length: int) -> Tensor:
+    """The bool mask [B, 1, Sq, S] of queries that are the last tokens of their sequences."""
+    lengths = cached.cache_seqlens()
+    query = torch.arange(q_length, device=lengths.device) - q_length
+    last = (lengths[:, None] + query).clamp(min=0)  # places that hold no token: any key will do
+    return (torch.arange(kv_length, device=lengths.device) <= last[..., None])[:, None]
 
 
 def _dense_block_mask(mask: BlockMask, query: Tensor, key: Tensor) -> Tensor:

@@ -83,6 +83,9 @@ class Pages:
         """int32 ``[B]``, including the tokens of the present step."""
         raise NotImplementedError
 
+    def take(self) -> None:
+        """Tells the cache that its carriers have come to an attention that can read them."""
+
     def gather(self, max_seqlen: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The cached rows as [B, 1, S, L] and [B, 1, S, R], zero beyond each length."""
         latent, rope = self.dims()

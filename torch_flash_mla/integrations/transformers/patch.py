@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,26 +14,29 @@ import transformers
 from packaging.version import Version
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 from torch_flash_mla.formats import PACKED_FORMATS, row_bytes
 from torch_flash_mla.integrations.transformers.attention import (
-    ATTENTION_NAME,
-    AttentionModule,
     PatchState,
     is_mla,
     mla_attention_forward,
-    passthrough,
     patch_state,
 )
 from torch_flash_mla.integrations.transformers.cache import CACHE_ARGUMENT, MLACache
+from torch_flash_mla.integrations.transformers.selection import (
+    ATTENTION_NAME,
+    AttentionModule,
+    is_disabled,
+    mla_mask,
+    passthrough,
+)
 
 _OLDEST_SPARSE = Version("5.18")  # the first release whose layers with an indexer cache the latent
 _VERSION = Version(Version(transformers.__version__).base_version)
 
 # from_pretrained(..., attn_implementation="mla_cpu") works from here on.
 AttentionInterface.register(ATTENTION_NAME, mla_attention_forward)
-AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+AttentionMaskInterface.register(ATTENTION_NAME, mla_mask)
 
 PATCHED, STOCK, FAILED = "patched", "stock", "not patched"
 
@@ -192,7 +194,7 @@ def patch(model: nn.Module, kv_cache_dtype: str = "auto", strict: bool = True) -
         raise ValueError(
             f"kv_cache_dtype: got {kv_cache_dtype!r}, expected auto, {', '.join(PACKED_FORMATS)}"
         )
-    if os.environ.get("TORCH_FLASH_MLA_DISABLE", "") not in ("", "0"):
+    if is_disabled():
         reason = "TORCH_FLASH_MLA_DISABLE is set"
         disabled = (LayerReport(name, STOCK, reason) for name, _ in _attention_layers(model))
         return PatchReport(tuple(disabled), kv_cache_dtype)
