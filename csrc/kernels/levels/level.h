@@ -5,6 +5,7 @@
 // levels/*.cpp only.
 #pragma once
 #include "kernels/attention/attention.h"
+#include "kernels/attention/project.h"
 #include "kernels/call/kernel_table.h"
 #include "kernels/formats/cache_format.h"
 #include "kernels/formats/rows.h"
@@ -20,9 +21,9 @@ struct Pipeline {
   BlockShape (*block_shape)(const RowLayout& layout);
   RowLayout (*row_layout)(const CacheView& cache);
   size_t (*lay_out)(const RowLayout& layout, BlockShape shape, std::byte* base, Scratch& s);
-  void (*attend)(const AttentionParams& p, BlockShape shape, const WorkItem& item, StageRows stage,
-                 bool native, int32_t key_max, const MatrixEngine* engine, float* partials,
-                 std::byte* memory);
+  RowSet (*attend)(const AttentionParams& p, BlockShape shape, const WorkItem& item,
+                   StageRows stage, bool native, int32_t key_max, const MatrixEngine* engine,
+                   float* partials, std::byte* memory);
   StageRows stage;
   bool native;
   int32_t key_max;  // largest code of staged keys (scaled arithmetics)
@@ -122,18 +123,29 @@ struct Level {
   static int64_t partial_floats(const AttentionParams& p, BlockShape shape) {
     return flashmla::partial_floats(shape, p.cache.value);
   }
-  static void attend(const AttentionParams& p, BlockShape shape, const WorkItem& item,
-                     const MatrixEngine* engine, float* partials, std::byte* scratch) {
-    of(p).attend(p, shape, item, of(p).stage, of(p).native, of(p).key_max, engine, partials,
-                 scratch);
+  static RowSet attend(const AttentionParams& p, BlockShape shape, const WorkItem& item,
+                       const MatrixEngine* engine, float* partials, std::byte* scratch) {
+    return of(p).attend(p, shape, item, of(p).stage, of(p).native, of(p).key_max, engine, partials,
+                        scratch);
   }
   static const char* arithmetic(CacheFormat format, ScalarType query) {
     return pipeline_of<Simd>(format, query).arithmetic;
   }
 
   static constexpr KernelTable table(const char* name) {
-    return {name,        block_shape,       scratch_bytes,     partial_floats, attend,
-            merge<Simd>, append_rows<Simd>, gather_rows<Simd>, arithmetic,     spin<Simd>};
+    return {name,
+            block_shape,
+            scratch_bytes,
+            partial_floats,
+            attend,
+            merge<Simd>,
+            projection_scratch,
+            project_queries<Simd>,
+            project_values<Simd>,
+            append_rows<Simd>,
+            gather_rows<Simd>,
+            arithmetic,
+            spin<Simd>};
   }
 };
 

@@ -94,8 +94,8 @@ struct Avx512 {
     return _mm512_mask_blend_ps(is, b, a);
   }
 
-  // p * 2^n for integral n in [kExp2Floor, 127); exactly 0 at the floor.
-  static constexpr float kExp2Floor = -160.0f;
+  // Half of the smallest subnormal is 2^-150: the floor gives exactly 0 for every p < 2^42.
+  static constexpr float kExp2Floor = -192.0f;
   static Float scale_by_exp2(Float p, Float n) { return _mm512_scalef_ps(p, n); }
 
   // Dot products of a 32-bit group per lane.

@@ -9,7 +9,8 @@
 // - max(a, b): b when either is NaN
 // - select_in_range: a where first <= t < limit, else b
 // - select_minus_infinity: a where x == -inf, else b
-// - scale_by_exp2(p, n): p * 2^n for integral n in [kExp2Floor, 127); exactly 0 at the floor
+// - scale_by_exp2(p, n): p * 2^n for integral n in [kExp2Floor, 127); exactly 0 at the floor, for
+//   p <= 2^11
 // - transpose: kLanes x kLanes words in place
 // - load_bf16, ...: kLanes values of a storage type, widened; (p, count) touches only the first
 //   count elements
