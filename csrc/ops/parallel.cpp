@@ -15,7 +15,7 @@ namespace flashmla {
 namespace {
 
 constexpr size_t kAlignment = 64;  // a cache line
-std::atomic<int64_t> total_scratch = 0;
+std::atomic<int64_t> total_scratch = 0, all_regions = 0;
 
 // One growing buffer of one thread.
 class Buffer {
@@ -53,6 +53,7 @@ class Buffer {
 // runs the same pool.
 void parallel_for(int64_t count, void (*body)(int64_t i, void* context), void* context) {
   if (count == 1) return body(0, context);
+  all_regions.fetch_add(1, std::memory_order_relaxed);
   torch::stable::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) body(i, context);
   });
@@ -76,5 +77,6 @@ Plan& thread_plan() {
 }
 
 int64_t scratch_bytes() { return total_scratch; }
+int64_t parallel_regions() { return all_regions; }
 
 }  // namespace flashmla
