@@ -20,7 +20,8 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from torch_flash_mla import ops
 from torch_flash_mla.formats import row_bytes
 from torch_flash_mla.integrations._attention import patch_state
-from torch_flash_mla.integrations._mla_cache import CACHE_ARGUMENT, Pages
+from torch_flash_mla.integrations._compat import CACHE_ARGUMENT
+from torch_flash_mla.integrations._mla_cache import Pages
 
 
 class DecoderStep(nn.Module):

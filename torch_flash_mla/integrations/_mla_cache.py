@@ -17,18 +17,16 @@ prompt on disk (``cache.py`` stores the pages, this file the other layers and wh
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
-    DummyLayer,
     DynamicCache,
     DynamicIndexedLayer,
     DynamicLayer,
@@ -39,14 +37,8 @@ from transformers.cache_utils import (
 
 from torch_flash_mla import _cache_file, ops
 from torch_flash_mla.cache import PagedLatentCache
+from torch_flash_mla.integrations._compat import STORES_NOTHING
 from torch_flash_mla.integrations._fingerprint import decoder_config, difference, fingerprint
-
-# Models and generate() call the cache past_key_values up to 5.23 and cache since.
-CACHE_ARGUMENT = (
-    "cache"
-    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-    else "past_key_values"
-)
 
 _CARRIER = "_mla_cache_layer"
 _OF_PAGES = {"pages", "index", "keys", "values", "_nan"}  # attributes that no file holds
@@ -406,7 +398,7 @@ class MLACache(Cache):
     def has_only_pages(self) -> bool:
         """Whether every layer that stores something stores pages: no sliding windows or recurrent
         states, which cannot go back."""
-        return all(isinstance(layer, (LatentPages, DummyLayer)) for layer in self.layers)
+        return all(isinstance(layer, (LatentPages, *STORES_NOTHING)) for layer in self.layers)
 
     # Several continuations of one prompt
 

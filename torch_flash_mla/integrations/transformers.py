@@ -33,7 +33,6 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 _OLDEST = Version("5.15")  # the first release whose MLA layers cache the latent
-_OLDEST_SPARSE = Version("5.18")  # the same for layers with an indexer
 _VERSION = Version(Version(transformers.__version__).base_version)
 
 if _VERSION < _OLDEST:
@@ -55,8 +54,12 @@ from torch_flash_mla.integrations._attention import (  # noqa: E402
     passthrough,
     patch_state,
 )
+from torch_flash_mla.integrations._compat import (  # noqa: E402
+    CACHE_ARGUMENT,
+    SPARSE_LAYERS_CACHE_LATENTS,
+)
 from torch_flash_mla.integrations._decoder_step import DecoderStep  # noqa: E402
-from torch_flash_mla.integrations._mla_cache import CACHE_ARGUMENT, MLACache  # noqa: E402
+from torch_flash_mla.integrations._mla_cache import MLACache  # noqa: E402
 
 __all__ = ["DecoderStep", "LayerReport", "MLACache", "PatchReport", "patch", "patched", "unpatch"]
 
@@ -141,6 +144,8 @@ class _CacheForGeneration:
         copies = max(generation_config.num_beams, generation_config.num_return_sequences)
         mask = _whole_mask(generation_config, model_kwargs, batch_size * copies)
         if isinstance(cache, MLACache) and mask is not None:
+            if generation_config.is_assistant:
+                _forget_guesses(cache, mask.shape[1])
             _continue(cache, mask, 1 if model.training else copies)
         explicit = (
             cache is not None
@@ -169,6 +174,14 @@ def _whole_mask(generation_config: Any, model_kwargs: dict[str, Any], batch: int
     if mask is None and width is not None:
         return torch.ones(batch, width, dtype=torch.long)
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _forget_guesses(cache: MLACache, width: int) -> None:
+    """Crops the cache of an assistant to the ``width`` tokens there are. Up to transformers 5.17 it
+    is left with guesses that were refused."""
+    surplus = int(cache.get_seq_length()) - width
+    if cache.batch_size > 0 and surplus > 0:
+        cache.crop(-surplus)
 
 
 def _continue(cache: MLACache, mask: Tensor, copies: int) -> None:
@@ -311,8 +324,8 @@ def _verdict(module: AttentionModule, kv_cache_dtype: str) -> tuple[str, str]:
     if not is_mla(module):
         name = type(module).__name__
         return FAILED, f"{name} has no expand_kv: it caches expanded keys (remote code?)"
-    if hasattr(module, "indexer") and _VERSION < _OLDEST_SPARSE:
-        return FAILED, f"sparse MLA needs transformers >= {_OLDEST_SPARSE}, found {_VERSION}"
+    if hasattr(module, "indexer") and not SPARSE_LAYERS_CACHE_LATENTS:
+        return FAILED, f"sparse MLA needs transformers >= 5.18, found {_VERSION}"
     tensors = [*module.kv_b_proj.parameters(), *module.kv_b_proj.buffers()]
     device = next((t.device.type for t in tensors if t.device.type not in ("cpu", "meta")), None)
     if device is not None:
