@@ -20,8 +20,8 @@ from transformers_cases import families, small_model
 
 from torch_flash_mla import PagedLatentCache
 from torch_flash_mla.formats import PACKED_FORMATS
-from torch_flash_mla.integrations._fingerprint import difference, fingerprint
 from torch_flash_mla.integrations.transformers import MLACache, patch
+from torch_flash_mla.integrations.transformers.fingerprint import difference, fingerprint
 
 FAMILY = "deepseek_v3"
 FAMILIES = (FAMILY, "kimi_linear", "dots3_note", "hy_v4", "mistral_large4", "glm5_next")

@@ -21,7 +21,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
 
-from torch_flash_mla.integrations._compat import SPARSE_LAYERS_CACHE_LATENTS
+from torch_flash_mla.integrations.transformers.compat import SPARSE_LAYERS_CACHE_LATENTS
 
 _SMALL: dict[str, Any] = {
     "vocab_size": 96,

@@ -60,7 +60,9 @@ class Expansion {
     const int64_t key_bytes = (key_row_ + value_row_) * item_;
     const int64_t fit = kBufferBytes / (key_bytes * std::max<int64_t>(count, 1));
     const int64_t groups = fit == 0 ? p_.heads : (p_.heads + fit - 1) / fit;
-    const int64_t part = fit == 0 ? kBufferBytes / key_bytes / kKeyMultiple * kKeyMultiple : count;
+    const int64_t part =
+        fit == 0 ? std::max(kBufferBytes / key_bytes, kKeyMultiple) / kKeyMultiple * kKeyMultiple
+                 : count;
     for (int64_t g = 0; g < groups; ++g) {
       const auto first = static_cast<int32_t>(p_.heads * g / groups),
                  last = static_cast<int32_t>(p_.heads * (g + 1) / groups);
@@ -215,8 +217,9 @@ class Expansion {
       stride[2] = 1;
     }
     attend_part(one, {keys.begin, keys.begin + step, first_head, heads}, &so_far);
-    for (int32_t begin = keys.begin + step; begin < keys.end; begin += step) {
-      const int32_t end = std::min(begin + step, keys.end);
+    for (int64_t at = int64_t{keys.begin} + step; at < keys.end; at += step) {
+      const auto begin = static_cast<int32_t>(at),
+                 end = static_cast<int32_t>(std::min<int64_t>(at + step, keys.end));
       attend_part(one, {begin, end, first_head, heads}, &next);
       if (end == keys.end) {  // the result, where the call wants it
         m.out_type = one.out_type;

@@ -37,12 +37,11 @@ struct FormDims {
 };
 Form cheaper_form(const AttentionParams& p, int32_t sequence, FormDims dims);
 
-// p: without queries and output. q_main [.., H, P] and q_rope [.., H, R]: those of the run.
-// Returns out [.., H, V] in their dtype.
-Tensor attend_absorbed(AttentionParams p, const Tensor& q_main, const Tensor& q_rope,
-                       const Projections& w);
+// Whether the absorbed form of so many query tokens reads the weight row by row (form.cpp).
+bool streams_projections(int64_t tokens, ScalarType type);
 
-// p: complete but for the cache's keys and values, with `out` [.., H, V] of type p.out_type.
+// p: complete, with queries [.., H, P] and output [.., H, V] of type p.q_type.
+void attend_absorbed(const AttentionParams& p, const Projections& w);
 void attend_expanded(const AttentionParams& p, const Projections& w);
 
 }  // namespace flashmla

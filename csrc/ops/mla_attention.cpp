@@ -16,7 +16,7 @@ std::tuple<Tensor, Tensor> mla_attention(
   Attention attention = check_attention(
       {kv_cache, block_table, cache_seqlens, softmax_scale, causal, attn_mask, cache_leftpad,
        indices, topk_length, attn_sink, k_pe_cache, window, kv_cache_dtype, cu_seqlens_q},
-      queries, head_dim_v);
+      queries, head_dim_v, "head_dim_v");
   const Tensor out = make_out(queries, head_dim_v);
   const Tensor lse = make_lse(attention.params, queries);
   run_attention(attention.params, float_type(q.scalar_type(), "q"), queries.main_rows(),

@@ -12,13 +12,6 @@
 namespace flashmla {
 namespace {
 
-// The query tokens of sequences [begin, end) of t [B, Sq, H, width] or, ragged, [T, H, width].
-Tensor of_run(const Tensor& t, const AttentionParams& p, int32_t begin, int32_t end) {
-  if (begin == 0 && end == p.batch) return t;
-  const int32_t* cu = p.cu_seqlens_q;
-  return cu ? t.narrow(0, cu[begin], cu[end] - cu[begin]) : t.narrow(0, begin, end - begin);
-}
-
 Form form_of(const AttentionParams& p, int32_t sequence, std::string_view form, FormDims dims) {
   if (form == "expanded") return Form::kExpanded;
   // An index list belongs to one query; expansion pays when many share the keys.
@@ -57,33 +50,21 @@ std::tuple<Tensor, Tensor> mla_attention_kv_b(
   Attention attention = check_attention(
       {kv_cache, block_table, cache_seqlens, softmax_scale, causal, attn_mask, cache_leftpad,
        indices, topk_length, attn_sink, k_pe_cache, window, kv_cache_dtype, cu_seqlens_q},
-      queries, w_kv_b.size(2));
+      queries, w_kv_b.size(2), "w_kv_b.size(2), L");
 
   AttentionParams& p = attention.params;
   const Projections w = {w_kv_b.narrow(1, 0, nope), w_kv_b.narrow(1, nope, head_dim_v)};
   const FormDims dims = {static_cast<int32_t>(nope), static_cast<int32_t>(head_dim_v)};
-  const Tensor lse = make_lse(p, queries);
-  Tensor out;
-  p.q_type = p.out_type = float_type(q.scalar_type(), "q");
+  const Tensor out = make_out(queries, head_dim_v), lse = make_lse(p, queries);
+  p.q_type = p.q_main_type = p.out_type = float_type(q.scalar_type(), "q");
+  p.q = queries.main_rows();
+  p.q_pe = queries.rope_rows();
+  p.out = query_rows(out);
   for (int32_t begin = 0, end = 0; begin < p.batch; begin = end) {
     const Form run = form_of(p, begin, form, dims);
     for (end = begin + 1; end < p.batch && form_of(p, end, form, dims) == run;) ++end;
-    if (run == Form::kAbsorbed) {
-      const Tensor part =
-          attend_absorbed(of_sequences(p, begin, end), of_run(queries.main(), p, begin, end),
-                          of_run(queries.rope(), p, begin, end), w);
-      if (begin == 0 && end == p.batch) return {part, lse};
-      if (!out.defined()) out = make_out(queries, head_dim_v);
-      of_run(out, p, begin, end).copy_(part);
-    } else {
-      if (!out.defined()) out = make_out(queries, head_dim_v);
-      p.q = queries.main_rows();
-      p.q_pe = queries.rope_rows();
-      p.out = query_rows(out);
-      attend_expanded(of_sequences(p, begin, end), w);
-    }
+    (run == Form::kAbsorbed ? attend_absorbed : attend_expanded)(of_sequences(p, begin, end), w);
   }
-  if (!out.defined()) out = make_out(queries, head_dim_v);
   return {out, lse};
 }
 

@@ -586,7 +586,7 @@ AttentionParams Problem::arguments(const CacheView& cache) const {
   p.batch = c_.batch();
   p.q_len = c_.q_len;
   p.heads = c_.heads;
-  p.q_type = p.out_type = c_.q_type;
+  p.q_type = p.q_main_type = p.out_type = c_.q_type;
   p.q.data = q_.data();
   p.q_pe.data = q_.data() + c_.latent * size;
   for (int d = 0; d < 3; ++d) p.q.stride[d] = p.q_pe.stride[d] = q_stride_[d] * c_.width() * size;

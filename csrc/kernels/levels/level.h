@@ -5,6 +5,7 @@
 // levels/*.cpp only.
 #pragma once
 #include "kernels/attention/attention.h"
+#include "kernels/attention/project.h"
 #include "kernels/call/kernel_table.h"
 #include "kernels/formats/cache_format.h"
 #include "kernels/formats/rows.h"
@@ -132,8 +133,19 @@ struct Level {
   }
 
   static constexpr KernelTable table(const char* name) {
-    return {name,        block_shape,       scratch_bytes,     partial_floats, attend,
-            merge<Simd>, append_rows<Simd>, gather_rows<Simd>, arithmetic,     spin<Simd>};
+    return {name,
+            block_shape,
+            scratch_bytes,
+            partial_floats,
+            attend,
+            merge<Simd>,
+            projection_scratch,
+            project_queries<Simd>,
+            project_values<Simd>,
+            append_rows<Simd>,
+            gather_rows<Simd>,
+            arithmetic,
+            spin<Simd>};
   }
 };
 

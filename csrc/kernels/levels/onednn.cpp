@@ -67,6 +67,15 @@ void merge_parts(const AttentionParams& p, BlockShape shape, const MergeItem& it
                  const float* partials) {
   own().merge(p, shape, item, partials);
 }
+size_t projection_memory(const ProjectionParams& p) { return own().projection_scratch(p); }
+void queries(const ProjectionParams& p, int32_t parts, int64_t begin, int64_t end,
+             std::byte* scratch) {
+  own().project_queries(p, parts, begin, end, scratch);
+}
+void values(const ProjectionParams& p, int32_t parts, int64_t begin, int64_t end,
+            std::byte* scratch) {
+  own().project_values(p, parts, begin, end, scratch);
+}
 void append(const AppendParams& p, int64_t begin, int64_t end, float* row) {
   own().append_rows(p, begin, end, row);
 }
@@ -80,8 +89,9 @@ int64_t roof(ArithmeticId id, int64_t iterations) { return own().spin(id, iterat
 
 }  // namespace
 
-const KernelTable kernels_onednn = {"onednn",    block_shape, scratch_bytes, partial_floats,
-                                    attend_lent, merge_parts, append,        gather,
-                                    arithmetic,  roof};
+const KernelTable kernels_onednn = {
+    "onednn",    block_shape,       scratch_bytes, partial_floats, attend_lent,
+    merge_parts, projection_memory, queries,       values,         append,
+    gather,      arithmetic,        roof};
 
 }  // namespace flashmla
