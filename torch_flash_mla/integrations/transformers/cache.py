@@ -22,18 +22,16 @@ they change at once or not at all, and if they do not, the other layers are put 
 from __future__ import annotations
 
 import contextlib
-import inspect
 import os
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
-    DummyLayer,
     DynamicCache,
     DynamicIndexedLayer,
     DynamicLayer,
@@ -46,17 +44,12 @@ from torch_flash_mla import _cache_file, ops
 from torch_flash_mla._integers import integer, integers
 from torch_flash_mla.cache import MOST_SEQUENCES, MOST_TOKENS, PagedLatentCache
 from torch_flash_mla.integrations.transformers import layer_state
+from torch_flash_mla.integrations.transformers.compat import CACHE_ARGUMENT as CACHE_ARGUMENT
+from torch_flash_mla.integrations.transformers.compat import STORES_NOTHING
 from torch_flash_mla.integrations.transformers.fingerprint import (
     decoder_config,
     difference,
     fingerprint,
-)
-
-# Models and generate() call the cache past_key_values up to 5.23 and cache since.
-CACHE_ARGUMENT = (
-    "cache"
-    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-    else "past_key_values"
 )
 
 _CARRIER = "_mla_cache_layer"
@@ -420,7 +413,7 @@ class MLACache(Cache):
     def has_only_pages(self) -> bool:
         """Whether every layer that stores something stores pages: no sliding windows or recurrent
         states, which cannot go back."""
-        return all(isinstance(layer, (LatentPages, DummyLayer)) for layer in self.layers)
+        return all(isinstance(layer, (LatentPages, *STORES_NOTHING)) for layer in self.layers)
 
     # Several continuations of one prompt
 
