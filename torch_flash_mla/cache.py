@@ -242,9 +242,12 @@ class PagedLatentCache:
         row_shape = self._row_shape(latent_dim, rope_dim)
         with torch.inference_mode(False):
             pool = self._new_pool(row_shape, self.allocator.num_blocks)
-        self._pools[layer] = pool
-        self._row_shapes[layer] = row_shape
-        self.latent_dims[layer], self.rope_dims[layer] = latent_dim, rope_dim
+        vars(self).update(
+            _pools=_replaced(self._pools, layer, pool),
+            _row_shapes=_replaced(self._row_shapes, layer, row_shape),
+            latent_dims=_replaced(self.latent_dims, layer, latent_dim),
+            rope_dims=_replaced(self.rope_dims, layer, rope_dim),
+        )
 
     # Shape and size
 
@@ -998,6 +1001,11 @@ def _grown(num_blocks: int) -> int:
     """Blocks of the next larger pool: half as many more, at 16 and above 8, at 64 and above an
     eighth."""
     return num_blocks + max(min(num_blocks // 2, 8), num_blocks // 8)
+
+
+def _replaced(values: list[Any], index: int, value: Any) -> list[Any]:
+    """A list with another value at ``index``."""
+    return [*values[:index], value, *values[index + 1 :]]
 
 
 def _enlarged(old: Tensor, shape: tuple[int, ...]) -> Tensor:
