@@ -317,7 +317,7 @@ class PagedLatentCache:
         return self._reserve_fixed(batch, new_tokens, copies)
 
     def _reserve_fixed(self, batch: int, new_tokens: int, copies: int) -> Tensor:
-        self._check_rows(batch)
+        self._check_rows(batch, f"batch: got {batch}")
         lengths = self.cache_seqlens[:batch]
         if not torch.compiler.is_compiling():
             present = lengths.tolist()
@@ -476,7 +476,7 @@ class PagedLatentCache:
                 )
         if parents == list(range(self.batch)):
             return
-        self._check_rows(len(parents))
+        self._check_rows(len(parents), f"index: got {len(parents)} entries")
         lengths = self.cache_seqlens.tolist()
         blocks = self._blocks
         children = [(row, blocks[parent], lengths[parent]) for row, parent in enumerate(parents)]
@@ -492,7 +492,7 @@ class PagedLatentCache:
             RuntimeError, MemoryError: no memory (for copies of partly filled blocks).
         """
         n = integer("n", n, 1)
-        self._check_rows(self.batch * n)
+        self._check_rows(self.batch * n, f"n: got {n} for a batch of {self.batch}")
         self.reorder([row for row in range(self.batch) for _ in range(n)])
 
     def reset(self, batch: int | None = None) -> None:
@@ -799,13 +799,11 @@ class PagedLatentCache:
                     f"{lengths[row - row % copies]} and {length} tokens"
                 )
 
-    def _check_rows(self, batch: int) -> None:
+    def _check_rows(self, batch: int, got: str) -> None:
         if self.max_blocks is not None and batch > self.max_batch:
-            raise ValueError(
-                f"batch: got {batch}, but the cache was made for max_batch={self.max_batch}"
-            )
+            raise ValueError(f"{got}, but the cache was made for max_batch={self.max_batch}")
         if batch > MOST_SEQUENCES:
-            raise ValueError(f"batch: got {batch}, expected at most {MOST_SEQUENCES}")
+            raise ValueError(f"{got}, expected at most {MOST_SEQUENCES} sequences")
 
     def _shorten(self, rows: dict[int, int]) -> None:
         """Sets the lengths of some rows, none above the present one."""
