@@ -242,9 +242,12 @@ class PagedLatentCache:
         row_shape = self._row_shape(latent_dim, rope_dim)
         with torch.inference_mode(False):
             pool = self._new_pool(row_shape, self.allocator.num_blocks)
-        self._pools[layer] = pool
-        self._row_shapes[layer] = row_shape
-        self.latent_dims[layer], self.rope_dims[layer] = latent_dim, rope_dim
+        vars(self).update(
+            _pools=_replaced(self._pools, layer, pool),
+            _row_shapes=_replaced(self._row_shapes, layer, row_shape),
+            latent_dims=_replaced(self.latent_dims, layer, latent_dim),
+            rope_dims=_replaced(self.rope_dims, layer, rope_dim),
+        )
 
     # Shape and size
 
@@ -314,7 +317,7 @@ class PagedLatentCache:
         return self._reserve_fixed(batch, new_tokens, copies)
 
     def _reserve_fixed(self, batch: int, new_tokens: int, copies: int) -> Tensor:
-        self._check_rows(batch)
+        self._check_rows(batch, f"batch: got {batch}")
         lengths = self.cache_seqlens[:batch]
         if not torch.compiler.is_compiling():
             present = lengths.tolist()
@@ -473,7 +476,7 @@ class PagedLatentCache:
                 )
         if parents == list(range(self.batch)):
             return
-        self._check_rows(len(parents))
+        self._check_rows(len(parents), f"index: got {len(parents)} entries")
         lengths = self.cache_seqlens.tolist()
         blocks = self._blocks
         children = [(row, blocks[parent], lengths[parent]) for row, parent in enumerate(parents)]
@@ -489,7 +492,7 @@ class PagedLatentCache:
             RuntimeError, MemoryError: no memory (for copies of partly filled blocks).
         """
         n = integer("n", n, 1)
-        self._check_rows(self.batch * n)
+        self._check_rows(self.batch * n, f"n: got {n} for a batch of {self.batch}")
         self.reorder([row for row in range(self.batch) for _ in range(n)])
 
     def reset(self, batch: int | None = None) -> None:
@@ -796,13 +799,11 @@ class PagedLatentCache:
                     f"{lengths[row - row % copies]} and {length} tokens"
                 )
 
-    def _check_rows(self, batch: int) -> None:
+    def _check_rows(self, batch: int, got: str) -> None:
         if self.max_blocks is not None and batch > self.max_batch:
-            raise ValueError(
-                f"batch: got {batch}, but the cache was made for max_batch={self.max_batch}"
-            )
+            raise ValueError(f"{got}, but the cache was made for max_batch={self.max_batch}")
         if batch > MOST_SEQUENCES:
-            raise ValueError(f"batch: got {batch}, expected at most {MOST_SEQUENCES}")
+            raise ValueError(f"{got}, expected at most {MOST_SEQUENCES} sequences")
 
     def _shorten(self, rows: dict[int, int]) -> None:
         """Sets the lengths of some rows, none above the present one."""
@@ -998,6 +999,11 @@ def _grown(num_blocks: int) -> int:
     """Blocks of the next larger pool: half as many more, at 16 and above 8, at 64 and above an
     eighth."""
     return num_blocks + max(min(num_blocks // 2, 8), num_blocks // 8)
+
+
+def _replaced(values: list[Any], index: int, value: Any) -> list[Any]:
+    """A list with another value at ``index``."""
+    return [*values[:index], value, *values[index + 1 :]]
 
 
 def _enlarged(old: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -203,15 +203,10 @@ class LatentPages(Pages, CacheLayerMixin):
             )
         if key_states.device.type != "cpu":
             raise ValueError(f"MLACache lives on the CPU, got keys on {key_states.device}")
-        before = self.pages.paged
-        try:
-            paged = self.pages.allocate(key_states.shape[0], key_states.dtype)
-            paged.define_layer(self.index, key_states.shape[3], value_states.shape[3])
-            self._make_carrier(key_states.dtype)
-        except BaseException:
-            self.pages.paged = before
-            raise
         self.dtype, self.device = key_states.dtype, key_states.device
+        paged = self.pages.allocate(key_states.shape[0], key_states.dtype)
+        paged.define_layer(self.index, key_states.shape[3], value_states.shape[3])
+        self._make_carrier(key_states.dtype)
         self.is_initialized = True
 
     def _make_carrier(self, dtype: torch.dtype) -> None:
@@ -238,28 +233,19 @@ class LatentPages(Pages, CacheLayerMixin):
             )
         if self.pages.leader is None:
             self.pages.leader = self.index
-        if not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
             self._note_step()
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        batch, _, tokens, _ = key_states.shape
-        paged = self._paged
-        rows = key_states[:, 0].to(paged.dtype), value_states[:, 0].to(paged.dtype)
-        if not self.is_leader:
+        guarded = (self.is_leader or not self.is_initialized) and not compiling
+        with self._unchanged_on_error() if guarded else contextlib.nullcontext():
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            paged = self._paged
+            rows = key_states[:, 0].to(paged.dtype), value_states[:, 0].to(paged.dtype)
+            if self.is_leader:
+                self._reserve(key_states.shape[0], key_states.shape[2])
             paged.append(self.index, *rows)
-        else:
-            if paged.batch == 0 and batch > paged.max_batch:  # reset, then used with more sequences
-                paged.reset(batch)
-            if paged.batch not in (0, batch):
-                raise ValueError(
-                    f"the cache holds {paged.batch} sequences, but {batch} came: use fork(n) for n "
-                    "continuations of each, or reset() to begin anew"
-                )
-            compiling = torch.compiler.is_compiling()
-            with contextlib.nullcontext() if compiling else paged.unchanged_on_error():
-                paged.reserve(batch, tokens, self._copies(tokens))
-                paged.append(self.index, *rows)
-        self.keys, self.values = self._carriers()
+            self.keys, self.values = self._carriers()
         self.pages.carrier_is_out = True
         # Not self.keys itself: a cycle would keep the pages until the garbage collector comes.
         return self.carriers(self._nan, paged.batch, self._carrier_length())
@@ -281,6 +267,32 @@ class LatentPages(Pages, CacheLayerMixin):
                 "which came first, got any: a cache serves one model, or the same part of it"
             )
         self.pages.written.add(self.index)
+
+    def _reserve(self, batch: int, tokens: int) -> None:
+        """Makes room for a step, in all layers."""
+        paged = self._paged
+        if paged.batch == 0 and batch > paged.max_batch:  # reset, then used with more sequences
+            paged.reset(batch)
+        if paged.batch not in (0, batch):
+            raise ValueError(
+                f"the cache holds {paged.batch} sequences, but {batch} came: use fork(n) for n "
+                "continuations of each, or reset() to begin anew"
+            )
+        paged.reserve(batch, tokens, self._copies(tokens))
+
+    @contextlib.contextmanager
+    def _unchanged_on_error(self) -> Iterator[None]:
+        """Forgets what the block has begun if it raises: a first use, room for a step."""
+        layer, pages = vars(self).copy(), vars(self.pages).copy()
+        paged = self.pages.paged
+        try:
+            with contextlib.nullcontext() if paged is None else paged.unchanged_on_error():
+                yield
+        except BaseException:
+            vars(self).clear()
+            vars(self).update(layer)
+            vars(self.pages).update(pages)
+            raise
 
     def _carriers(self) -> tuple[Tensor, Tensor]:
         """NaN tensors with the shapes of what is stored."""
@@ -337,9 +349,10 @@ class GrowingLatentLayer(LatentPages, DynamicLayer):
 
     def _copies(self, tokens: int) -> int:
         pages = self.pages
-        if pages.copies > 1 and self.get_seq_length() + tokens > pages.copied_tokens:
-            pages.copies = 1  # the prompt is over
-        return pages.copies
+        copies, after = pages.copies, self.get_seq_length() + tokens
+        if after >= pages.copied_tokens:
+            pages.copies = 1  # the prompt is over, also for a cache that is cropped later
+        return copies if after <= pages.copied_tokens else 1
 
 
 class FixedLatentLayer(LatentPages, StaticLayer):
@@ -511,6 +524,7 @@ class MLACache(Cache):
             if self.pages.paged is not None and self.batch_size > 0:
                 self.pages.paged.reorder(beam_idx)
         self._shared_prefix = None
+        self.pages.copies = 1
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last ``-tokens_to_remove`` tokens of every sequence.
