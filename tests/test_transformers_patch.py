@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import importlib.util
 import io
 import weakref
@@ -26,10 +27,9 @@ from transformers import (
 from transformers_cases import mla_layers, small_model
 from transformers_compare import prompt, watch
 
-from torch_flash_mla.integrations import _weights
 from torch_flash_mla.integrations import transformers as integration
-from torch_flash_mla.integrations._attention import mla_attention_forward
-from torch_flash_mla.integrations.transformers import MLACache, patch, patched, unpatch
+from torch_flash_mla.integrations.transformers import MLACache, patch, patched, unpatch, weights
+from torch_flash_mla.integrations.transformers.attention import mla_attention_forward
 
 FAMILY = "deepseek_v3"
 
@@ -498,7 +498,7 @@ class TestWrappedProjection:
             assert_near(logits(model, ids), logits(stock, ids))
         assert [layer.kv_b_proj.calls for layer in mla_layers(model)] == [1, 1]
         assert model.state_dict().keys() == keys
-        assert all(layer.kv_b_proj in _weights._dense_weights for layer in mla_layers(model))
+        assert all(layer.kv_b_proj in weights._dense_weights for layer in mla_layers(model))
         with torch.no_grad():
             mla_layers(model)[0].kv_b_proj.codes.zero_()
         assert (logits(model, ids) - logits(stock, ids)).abs().max() > 0.1
@@ -535,7 +535,8 @@ class TestVersions:
             spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
     def test_sparse_layers_need_a_newer_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(integration, "_VERSION", Version("5.16"))
+        module = importlib.import_module("torch_flash_mla.integrations.transformers.patch")
+        monkeypatch.setattr(module, "_VERSION", Version("5.16"))
         with pytest.raises(
             ValueError, match=r"sparse MLA needs transformers >= 5\.18, found 5\.16"
         ):

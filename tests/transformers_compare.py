@@ -22,8 +22,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers_cases import mla_layers
 
 import torch_flash_mla
-from torch_flash_mla.integrations import _attention
-from torch_flash_mla.integrations.transformers import MLACache, patch, patched
+from torch_flash_mla.integrations.transformers import MLACache, attention, patch, patched
 
 TOLERANCE = 5e-4  # of the largest logit of a step
 WIDTH = 128  # tokens of a fixed cache: whole pages, so that all kinds are equally wide
@@ -253,7 +252,7 @@ def check_fault(model: PreTrainedModel, fault: str, monkeypatch: pytest.MonkeyPa
         compare(model, mode, stock, None)
         right = torch_flash_mla.ops.mla_attention_kv_b
         monkeypatch.setattr(
-            _attention.ops,
+            attention.ops,
             "mla_attention_kv_b",
             lambda *args, **kwargs: wrong(right, *args, **kwargs),
         )

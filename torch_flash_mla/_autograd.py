@@ -79,7 +79,7 @@ def _backward(
             if indices is not None:
                 limit = None if topk_length is None else int(topk_length[b])
                 chosen = indices[here][tokens, :limit]
-                bias = bias.masked_fill(~_listed(chosen, length).unsqueeze(1), -torch.inf)
+                bias = bias + _listed_times(chosen, length).log().unsqueeze(1)
             q_main = q[here][tokens, :, :main].float()
             q_rope = (q[here][tokens, :, main:] if q_pe is None else q_pe[here][tokens]).float()
             q_latent = q_main if w_uk is None else torch.einsum("shp,hpl->shl", q_main, w_uk)
@@ -218,11 +218,12 @@ def _bias(
     return bias + mask.float().masked_fill(mask <= lowest, -torch.inf)
 
 
-def _listed(chosen: Tensor, length: int) -> Tensor:
-    """bool [tokens, length]: the positions that each query's list, a row of ``chosen``, names."""
+def _listed_times(chosen: Tensor, length: int) -> Tensor:
+    """float32 [tokens, length]: how often each query's list, a row of ``chosen``, names a key."""
     valid = (chosen >= 0) & (chosen < length)
-    listed = torch.zeros(chosen.shape[0], length + 1, dtype=torch.bool)
-    return listed.scatter_(1, chosen.where(valid, length).long(), True)[:, :length]
+    times = torch.zeros(chosen.shape[0], length + 1)
+    column = chosen.where(valid, length).long()
+    return times.scatter_add_(1, column, torch.ones(column.shape))[:, :length]
 
 
 def _attention_gradients(

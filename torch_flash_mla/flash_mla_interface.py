@@ -85,7 +85,8 @@ def flash_mla_with_kvcache(
         causal: each query sees the keys up to its own, bottom-right aligned. Dense only.
         is_fp8_kvcache: refused, see ``kv_cache_dtype``.
         indices: int32 [B, Sq, topk], the rows that each query sees, as block * block_size + offset,
-            each at most once; those outside the pool (-1 by convention) are skipped.
+            in any order; those outside the pool (-1 by convention) are skipped, and a row that is
+            listed several times counts as often.
         attn_sink: float32 [H], a logit that joins the softmax sum and has no value.
         extra_k_cache: a second pool, of the same format. With ``indices`` only.
         extra_indices_in_kvcache: int32 [B, Sq, extra topk], the rows of it that each query sees.
@@ -195,8 +196,8 @@ def flash_mla_sparse_fwd(
     Args:
         q: [Sq, H, D] in the order [latent | rope], bfloat16, float16 or float32.
         kv: [S, 1, D], the rows of the prompt.
-        indices: int32 [Sq, 1, topk], the rows that each query sees, each at most once; those
-            outside 0 .. S - 1 are skipped.
+        indices: int32 [Sq, 1, topk], the rows that each query sees, in any order; those outside
+            0 .. S - 1 are skipped, and a row that is listed several times counts as often.
         sm_scale: factor of the logits.
         d_v: L.
         attn_sink: float32 [H], a logit that joins the softmax sum and has no value.

@@ -61,8 +61,9 @@ def mla_attention(
             broadcastable to [B, H, Sq, S] with S >= max(cache_seqlens); column j is cache position
             j. Float values at or below the lowest of their dtype count as minus infinity.
         cache_leftpad: int32 [B], keys at the start of each sequence that nobody sees.
-        indices: int32 [B, Sq, topk], the positions that each query may see, in any order and each
-            at most once; those outside 0 .. length - 1 (-1 by convention) are skipped.
+        indices: int32 [B, Sq, topk], the positions that each query may see, in any order; those
+            outside 0 .. length - 1 (-1 by convention) are skipped, and a key that is listed several
+            times counts as often.
         topk_length: int32 [B], how many leading entries of the ``indices`` count.
         attn_sink: float32 [H], a logit that joins the softmax sum and has no value.
         q_pe: [B, Sq, H, R], dtype of ``q``.

@@ -15,6 +15,7 @@
 #include "kernels/call/visible.h"
 #include "ops/checks.h"
 #include "ops/forms.h"
+#include "ops/interrupt.h"
 #include "ops/parallel.h"
 
 namespace flashmla {
@@ -63,8 +64,10 @@ class Expansion {
     const int64_t key_bytes = (key_row_ + value_row_) * item_;
     const int64_t fit = kBufferBytes / (key_bytes * std::max<int64_t>(count, 1));
     const int64_t groups = fit == 0 ? p_.heads : (p_.heads + fit - 1) / fit;
-    const int64_t part = fit == 0 ? kBufferBytes / key_bytes / kKeyMultiple * kKeyMultiple : count;
-    for (int64_t g = 0; g < groups; ++g) {
+    const int64_t part =
+        fit == 0 ? std::max(kBufferBytes / key_bytes, kKeyMultiple) / kKeyMultiple * kKeyMultiple
+                 : count;
+    for (int64_t g = 0; g < groups && !interrupted(); ++g) {
       const auto first = static_cast<int32_t>(p_.heads * g / groups),
                  last = static_cast<int32_t>(p_.heads * (g + 1) / groups);
       if (count <= part) {
@@ -87,9 +90,9 @@ class Expansion {
       const int64_t memory = (chunk + kExpandedTokens - 1) / kExpandedTokens * kExpandedTokens;
       rows_ = uninitialised({memory, width}, type_);
     }
-    const Tensor uk = w_.uk().narrow(0, part.first_head, part.heads).to(type_);
-    const Tensor uv = w_.uv().narrow(0, part.first_head, part.heads).to(type_);
-    for (int64_t at = 0; at < count; at += chunk) {
+    const Tensor uk = dense_rows(w_.uk().narrow(0, part.first_head, part.heads).to(type_));
+    const Tensor uv = dense_rows(w_.uv().narrow(0, part.first_head, part.heads).to(type_));
+    for (int64_t at = 0; at < count && !interrupted(); at += chunk) {
       const int64_t n = std::min(chunk, count - at);
       GatherParams g = {};
       g.batch = 1;
@@ -254,8 +257,9 @@ class Expansion {
       stride[2] = 1;
     }
     attend_part(one, {keys.begin, keys.begin + step, first_head, heads}, &so_far);
-    for (int32_t begin = keys.begin + step; begin < keys.end; begin += step) {
-      const int32_t end = std::min(begin + step, keys.end);
+    for (int64_t at = int64_t{keys.begin} + step; at < keys.end && !interrupted(); at += step) {
+      const auto begin = static_cast<int32_t>(at),
+                 end = static_cast<int32_t>(std::min<int64_t>(at + step, keys.end));
       attend_part(one, {begin, end, first_head, heads}, &next);
       if (end == keys.end) {  // the result, where the call wants it
         m.out_type = one.out_type;

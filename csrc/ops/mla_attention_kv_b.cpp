@@ -8,6 +8,7 @@
 #include "ops/attention_arguments.h"
 #include "ops/checks.h"
 #include "ops/forms.h"
+#include "ops/interrupt.h"
 
 namespace flashmla {
 namespace {
@@ -52,10 +53,11 @@ std::tuple<Tensor, Tensor> mla_attention_kv_b(
   Attention attention = check_attention(
       {kv_cache, block_table, cache_seqlens, softmax_scale, causal, attn_mask, cache_leftpad,
        indices, topk_length, attn_sink, k_pe_cache, window, kv_cache_dtype, cu_seqlens_q},
-      queries, w_kv_b.size(2));
+      queries, w_kv_b.size(2), "w_kv_b.size(2), L");
 
   AttentionParams& p = attention.params;
   const Projections w = {w_kv_b, static_cast<int32_t>(nope), static_cast<int32_t>(head_dim_v)};
+  const InterruptibleCall interruptible;
   const Tensor out = make_out(queries, head_dim_v), lse = make_lse(p, queries);
   p.q_type = p.q_main_type = p.out_type = float_type(q.scalar_type(), "q");
   p.q = queries.main_rows();
@@ -66,6 +68,7 @@ std::tuple<Tensor, Tensor> mla_attention_kv_b(
     for (end = begin + 1; end < p.batch && form_of(p, end, form, w) == run;) ++end;
     (run == Form::kAbsorbed ? attend_absorbed : attend_expanded)(of_sequences(p, begin, end), w);
   }
+  InterruptibleCall::finish({out, lse});
   return {out, lse};
 }
 

@@ -4,7 +4,7 @@ Python.
 A transformers model keeps its history in a Cache, an object that a graph cannot have as an input.
 Here the pages are arguments: the caller owns pools, block table and lengths, and decides where
 tokens go. Inside, each call wraps them in a Cache of its own, whose layers hand them to the
-attention function (``_attention.py``) by carriers, as the layers of an MLACache do.
+attention function (``attention.py``) by carriers, as the layers of an MLACache do.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from torch_flash_mla import ops
 from torch_flash_mla.formats import row_bytes
-from torch_flash_mla.integrations._attention import patch_state
-from torch_flash_mla.integrations._mla_cache import CACHE_ARGUMENT, Pages
+from torch_flash_mla.integrations.transformers.attention import patch_state
+from torch_flash_mla.integrations.transformers.cache import CACHE_ARGUMENT, Pages
 
 
 class DecoderStep(nn.Module):

@@ -1,26 +1,8 @@
-"""Multi-head latent attention of this package inside models of transformers.
-
-::
-
-    from torch_flash_mla.integrations.transformers import patch
-
-    report = patch(model, kv_cache_dtype="q8_kv")  # print(report) shows what happened to each layer
-    model.generate(**inputs)                        # pages of 8-bit latents, no expanded keys
-
-``patch`` changes two attributes of each MLA layer (``expand_kv`` and ``config``) and how
-``generate()`` makes its cache. Weights, state_dict, masks and every other layer stay as they are;
-``unpatch`` takes it back::
-
-    patch / patched / unpatch  ->  _attention.py (one call of the op)  ->  torch.ops.flashmla
-                                   _mla_cache.py (pages), _weights.py (kv_b_proj)
-
-Setting ``TORCH_FLASH_MLA_DISABLE=1`` turns ``patch`` into a report that changes nothing.
-"""
+"""``patch``, ``unpatch``, ``patched``: which layers of a model change, and what the report says."""
 
 from __future__ import annotations
 
 import copy
-import os
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,38 +13,30 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
 
-_OLDEST = Version("5.15")  # the first release whose MLA layers cache the latent
-_OLDEST_SPARSE = Version("5.18")  # the same for layers with an indexer
-_VERSION = Version(Version(transformers.__version__).base_version)
-
-if _VERSION < _OLDEST:
-    raise ImportError(
-        f"torch_flash_mla.integrations.transformers needs transformers >= {_OLDEST}, found "
-        f"{transformers.__version__}: earlier releases cache expanded keys, not the latent"
-    )
-
-from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
-from transformers.masking_utils import sdpa_mask  # noqa: E402
-
-from torch_flash_mla.formats import PACKED_FORMATS, row_bytes  # noqa: E402
-from torch_flash_mla.integrations._attention import (  # noqa: E402
-    ATTENTION_NAME,
-    AttentionModule,
+from torch_flash_mla.formats import PACKED_FORMATS, row_bytes
+from torch_flash_mla.integrations.transformers.attention import (
     PatchState,
     is_mla,
     mla_attention_forward,
-    passthrough,
     patch_state,
 )
-from torch_flash_mla.integrations._decoder_step import DecoderStep  # noqa: E402
-from torch_flash_mla.integrations._mla_cache import CACHE_ARGUMENT, MLACache  # noqa: E402
+from torch_flash_mla.integrations.transformers.cache import CACHE_ARGUMENT, MLACache
+from torch_flash_mla.integrations.transformers.selection import (
+    ATTENTION_NAME,
+    AttentionModule,
+    is_disabled,
+    mla_mask,
+    passthrough,
+)
 
-__all__ = ["DecoderStep", "LayerReport", "MLACache", "PatchReport", "patch", "patched", "unpatch"]
+_OLDEST_SPARSE = Version("5.18")  # the first release whose layers with an indexer cache the latent
+_VERSION = Version(Version(transformers.__version__).base_version)
 
 # from_pretrained(..., attn_implementation="mla_cpu") works from here on.
 AttentionInterface.register(ATTENTION_NAME, mla_attention_forward)
-AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+AttentionMaskInterface.register(ATTENTION_NAME, mla_mask)
 
 PATCHED, STOCK, FAILED = "patched", "stock", "not patched"
 
@@ -220,7 +194,7 @@ def patch(model: nn.Module, kv_cache_dtype: str = "auto", strict: bool = True) -
         raise ValueError(
             f"kv_cache_dtype: got {kv_cache_dtype!r}, expected auto, {', '.join(PACKED_FORMATS)}"
         )
-    if os.environ.get("TORCH_FLASH_MLA_DISABLE", "") not in ("", "0"):
+    if is_disabled():
         reason = "TORCH_FLASH_MLA_DISABLE is set"
         disabled = (LayerReport(name, STOCK, reason) for name, _ in _attention_layers(model))
         return PatchReport(tuple(disabled), kv_cache_dtype)
