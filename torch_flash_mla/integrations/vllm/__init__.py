@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import os
 
-# The series whose backend interface this is written for. vLLM promises none, and calls one hook that
+# The series whose backend interface this is written for. vLLM promises none, and calls a hook that
 # is used here temporary, so another series is served by another release of this package.
 SUPPORTED_VLLM = "0.32"
 
@@ -73,8 +73,8 @@ def _active() -> bool:
     from torch_flash_mla import __version__
 
     logging.getLogger(LOGGER_NAME).warning(
-        "torch_flash_mla %s stays off: it serves vLLM %s.*, and this is vLLM %s. MLA runs on vLLM's "
-        "own backend; kv_cache_dtype of torch_flash_mla's additional config is ignored.",
+        "torch_flash_mla %s stays off: it serves vLLM %s.*, and this is vLLM %s. MLA runs on the "
+        "backend of vLLM, which ignores --additional-config of torch_flash_mla",
         __version__,
         SUPPORTED_VLLM,
         version,

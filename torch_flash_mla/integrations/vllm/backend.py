@@ -35,6 +35,7 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
+from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
 
 from torch_flash_mla import __version__, ops
 from torch_flash_mla.formats import FLOAT_DTYPES, row_bytes
@@ -97,7 +98,7 @@ class FlashMLAMetadataBuilder(AttentionMetadataBuilder[FlashMLAMetadata]):
         """The metadata of one step, for all layers that share a block table."""
         batch = common_attn_metadata
         if batch.causal is not True:
-            raise NotImplementedError("torch_flash_mla: vLLM asked for attention that is not causal")
+            raise NotImplementedError("torch_flash_mla: attention that is not causal")
         return FlashMLAMetadata(
             block_table=batch.block_table_tensor,
             seq_lens=batch.seq_lens,
@@ -109,8 +110,13 @@ class FlashMLAMetadataBuilder(AttentionMetadataBuilder[FlashMLAMetadata]):
 
 
 class FlashMLAImpl(MLACommonImpl[FlashMLAMetadata]):
-    """Attention of one layer."""
+    """Attention of one layer.
 
+    Attributes:
+        w_kv_b: [H, P + V, L], there once the weights are loaded.
+    """
+
+    w_kv_b: Tensor
     can_return_lse_for_decode = False
 
     def __init__(
@@ -148,7 +154,6 @@ class FlashMLAImpl(MLACommonImpl[FlashMLAMetadata]):
         self.supports_quant_query_input = False
         self.window = sliding_window or 0
         self.cache_format = settings_of(get_current_vllm_config()).kv_cache_dtype
-        self.w_kv_b: Tensor | None = None
         self._announce()
 
     def _announce(self) -> None:
@@ -193,7 +198,7 @@ class FlashMLAImpl(MLACommonImpl[FlashMLAMetadata]):
             kv_c_normed[:tokens], k_pe[:tokens], kv_cache, slot_mapping, self.cache_format
         )
 
-    def forward_mha(  # type: ignore[override]
+    def forward_mha(
         self,
         q: Tensor,
         kv_c_normed: Tensor,
@@ -231,6 +236,22 @@ class FlashMLAImpl(MLACommonImpl[FlashMLAMetadata]):
         raise NotImplementedError("torch_flash_mla: decoding goes through forward_mha")
 
 
+class FlashMLAPrefill(MLAPrefillBackend):
+    """Stands where vLLM wants a backend for prompts. Nobody calls it: ``forward_mha`` does them."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "TORCH_FLASH_MLA"
+
+    def run_prefill_new_tokens(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Never called."""
+        raise NotImplementedError("torch_flash_mla: prompts go through forward_mha")
+
+    def run_prefill_context_chunk(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Never called."""
+        raise NotImplementedError("torch_flash_mla: prompts go through forward_mha")
+
+
 class FlashMLABackend(MLACommonBackend):
     """Describes the backend to vLLM, for float caches; subclasses are for packed formats.
 
@@ -251,7 +272,7 @@ class FlashMLABackend(MLACommonBackend):
         return FlashMLAImpl
 
     @staticmethod
-    def get_builder_cls() -> type[FlashMLAMetadataBuilder]:  # type: ignore[override]
+    def get_builder_cls() -> type[FlashMLAMetadataBuilder]:
         return FlashMLAMetadataBuilder
 
     @staticmethod

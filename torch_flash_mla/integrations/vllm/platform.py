@@ -22,6 +22,8 @@ from torch_flash_mla.integrations.vllm.settings import settings_of
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
+    from vllm.v1.attention.backends.mla.prefill.selector import MLAPrefillSelectorConfig
     from vllm.v1.attention.selector import AttentionSelectorConfig
 else:
     # CpuPlatform, or its subclass for AMD Zen where zentorch is installed.
@@ -67,13 +69,27 @@ class FlashMLACpuPlatform(CpuPlatform):
         return f"{_BACKENDS}.FlashMLABackend_{row}"
 
     @classmethod
+    def get_mla_prefill_backend_cls(
+        cls, mla_selector_config: MLAPrefillSelectorConfig
+    ) -> type[MLAPrefillBackend]:
+        """The class that stands for the backend of prompts, which has nothing left to do."""
+        from vllm.config import get_current_vllm_config
+
+        if not _takes_over(get_current_vllm_config()):
+            return super().get_mla_prefill_backend_cls(mla_selector_config)
+        from torch_flash_mla.integrations.vllm.backend import FlashMLAPrefill
+
+        return FlashMLAPrefill
+
+    @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """Lets ``CpuPlatform`` adjust the configuration, except for its limits on MLA."""
+        _forget_selected_backends()
         if not _takes_over(vllm_config):
             super().check_and_update_config(vllm_config)
             return
         settings_of(vllm_config)  # raises here, in the process of the user, not in a worker
-        _forget_selected_backends()
+        _refuse_context_parallel(vllm_config)
         cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
         block_size = cache.block_size if cache.user_specified_block_size else _BLOCK_SIZE
         prefix_caching = cache.enable_prefix_caching
@@ -104,11 +120,27 @@ def _takes_over(vllm_config: VllmConfig) -> bool:
     )
 
 
-def _forget_selected_backends() -> None:
-    """Empties vLLM's cache of selected backends, whose key lacks ``additional_config``.
+def _refuse_context_parallel(vllm_config: VllmConfig) -> None:
+    """Says at the start what vLLM's CPU worker would only assert at the first step."""
+    parallel = vllm_config.parallel_config
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if (size := getattr(parallel, name)) > 1:
+            raise NotImplementedError(
+                f"{name}: got {size}, but vLLM's CPU worker has no context parallelism: its "
+                "_compute_slot_mapping_kernel_impl (vllm/utils/cpu_triton_utils.py) asserts one "
+                "rank, and CorrectAttnCPOutKernel (vllm/v1/attention/ops/dcp.py) needs Triton. Use "
+                "--tensor-parallel-size or --data-parallel-size"
+            )
 
-    Two engines in one process may use two formats.
+
+def _forget_selected_backends() -> None:
+    """Empties vLLM's caches of selected backends.
+
+    Their keys lack what the choice here depends on (``additional_config``, and for prompts the
+    backend asked for), and one process may run several engines.
     """
+    from vllm.v1.attention.backends.mla.prefill.selector import _auto_select_mla_prefill_backend
     from vllm.v1.attention.selector import _cached_get_attn_backend
 
+    _auto_select_mla_prefill_backend.cache_clear()
     _cached_get_attn_backend.cache_clear()

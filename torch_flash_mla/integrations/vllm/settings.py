@@ -5,6 +5,7 @@ One setting: ``kv_cache_dtype``, "auto" (the float dtype that vLLM chose) or a p
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -55,7 +56,7 @@ def settings_of(vllm_config: VllmConfig) -> Settings:
         raise ValueError(
             f"--kv-cache-dtype: got {cache_dtype!r}; for MLA on CPUs torch_flash_mla holds auto, "
             "float16 and bfloat16 there, and its packed formats by --additional-config "
-            f"'{{\"{KEY}\": {{\"kv_cache_dtype\": \"q8_kv\"}}}}'"
+            + json.dumps({KEY: {"kv_cache_dtype": "q8_kv"}})
         )
     if settings.kv_cache_dtype != "auto" and cache_dtype != "auto":
         raise ValueError(
