@@ -32,6 +32,7 @@ else:
 logger = init_logger(LOGGER_NAME)
 
 _BACKENDS = "torch_flash_mla.integrations.vllm.backend"
+_WORKER = "torch_flash_mla.integrations.vllm.worker.FlashMLAWorker"
 _STOCK_BACKENDS = (AttentionBackendEnum.CPU_MLA, AttentionBackendEnum.AMX_MLA)
 
 # Tokens of a page where the user has named no size: what CpuPlatform takes for other attention.
@@ -95,6 +96,8 @@ class FlashMLACpuPlatform(CpuPlatform):
         prefix_caching = cache.enable_prefix_caching
         chunked_prefill = scheduler.enable_chunked_prefill
         max_num_batched_tokens = scheduler.max_num_batched_tokens
+        if vllm_config.parallel_config.worker_cls == "auto":
+            vllm_config.parallel_config.worker_cls = _WORKER
         super().check_and_update_config(vllm_config)
         cache.block_size = block_size
         cache.enable_prefix_caching = prefix_caching
@@ -102,7 +105,7 @@ class FlashMLACpuPlatform(CpuPlatform):
         scheduler.max_num_batched_tokens = max_num_batched_tokens
 
         # vLLM's CPU kernel for rotary embeddings takes a query [T, H, R], as MLA models hand it
-        # over, for [T, R]: it turns the first head of each token, and by the wrong stride.
+        # over, for [T, R], and turns T of its T * H rows.
         custom_ops = vllm_config.compilation_config.custom_ops
         if not {"+rotary_embedding", "-rotary_embedding"} & set(custom_ops):
             custom_ops.append("-rotary_embedding")
