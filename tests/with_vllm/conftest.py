@@ -1,7 +1,7 @@
 """Tests that need vLLM, which has an environment of its own: ``make test-vllm``.
 
-Without vLLM nothing here is collected. (The folder is not called ``vllm``: pytest puts ``tests/`` on
-the import path, where a folder of that name would pass for the package.)
+Without vLLM nothing here is collected. (The folder is not called ``vllm``: pytest puts ``tests/``
+on the import path, where a folder of that name would pass for the package.)
 """
 
 from __future__ import annotations
@@ -20,4 +20,3 @@ os.environ.update(
     VLLM_NO_USAGE_STATS="1",
     TOKENIZERS_PARALLELISM="false",
 )
-

@@ -1,4 +1,4 @@
-"""Engines of vLLM over the tiny model, prompts for them, and what transformers says to the answers."""
+"""Engines of vLLM over the tiny model, prompts for them, and transformers to judge the answers."""
 
 from __future__ import annotations
 
@@ -83,9 +83,7 @@ def held_out_prompts(lengths: Sequence[int]) -> list[list[int]]:
     starts = [
         int(torch.randint(len(tokens) - length, (), generator=generator)) for length in lengths
     ]
-    return [
-        tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)
-    ]
+    return [tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)]
 
 
 @cache
@@ -127,8 +125,9 @@ class Calls:
         layers: steps of layers that vLLM asked attention of.
         attention: calls of ``mla_attention_kv_b``.
         queries: query tokens in those.
-        ragged: the most sequences of one call, and whether it held several lengths.
         appended: tokens written to the cache.
+        mixed: calls that held single tokens and longer pieces.
+        formats: cache formats of those calls.
     """
 
     layers: int = 0

@@ -128,7 +128,7 @@ def test_chunked_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_preemption() -> None:
-    """A cache for two and a half sequences under six of them: some are thrown out and recomputed."""
+    """A cache that holds fewer sequences than run: some are thrown out and computed again."""
     prompts = held_out_prompts([200, 210, 220, 230, 240, 250])
     with engine() as llm:
         expected = tokens_of(generate(llm, prompts, max_tokens=200))

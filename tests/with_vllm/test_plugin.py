@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import TINY_MODEL, engine, generate, held_out_prompts
+from engines import TINY_MODEL
 from programs import run_python
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
@@ -99,23 +99,10 @@ def test_settings_are_checked(options: dict[str, Any], message: str) -> None:
         config(**options)
 
 
-@pytest.mark.parametrize(
-    "name", ["decode_context_parallel_size", "prefill_context_parallel_size"]
-)
+@pytest.mark.parametrize("name", ["decode_context_parallel_size", "prefill_context_parallel_size"])
 def test_context_parallelism_is_refused_by_name(name: str) -> None:
     with pytest.raises(NotImplementedError, match=f"{name}: got 2, but vLLM's CPU worker"):
         config(tensor_parallel_size=2, **{name: 2})
-
-
-def test_one_line_says_what_runs(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger("vllm"), "level", logging.INFO)
-    with engine("q4_kv") as llm:
-        generate(llm, held_out_prompts([3]), max_tokens=1)
-    lines = [line for line in capfd.readouterr().out.splitlines() if "MLA on level" in line]
-    assert len(lines) == 1
-    assert "KV cache q4_kv, 356 bytes per token and layer" in lines[0]
 
 
 def test_other_versions_are_told(
