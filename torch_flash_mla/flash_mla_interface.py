@@ -106,6 +106,7 @@ def flash_mla_with_kvcache(
         ValueError: arguments that exclude each other; and all that
             :func:`torch_flash_mla.ops.mla_attention` raises.
     """
+    _require_tensors(q=q, k_cache=k_cache)
     if is_fp8_kvcache:
         raise NotImplementedError(
             "is_fp8_kvcache: float8 caches are not implemented, expected False; for 8-bit caches "
@@ -220,6 +221,7 @@ def flash_mla_sparse_fwd(
     """
     if q.dim() != 3:
         raise ValueError(f"q: shape {list(q.shape)}, expected [Sq, H, D]")
+    _require_tensors(q=q, kv=kv, indices=indices)
     if kv.dim() != 3 or kv.shape[1] != 1:
         raise ValueError(f"kv: shape {list(kv.shape)}, expected [S, 1, D]")
     if indices.dim() != 3 or indices.shape[:2] != (q.shape[0], 1):
@@ -256,6 +258,12 @@ def flash_mla_sparse_fwd(
         return out, max_logits, lse
     counts = None if topk_length is None else topk_length.clamp(max=indexer_topk)
     return out, max_logits, lse, attend(indices[:, :, :indexer_topk], counts)[1]
+
+
+def _require_tensors(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
 
 
 def _plus_infinity(lse: Tensor) -> Tensor:

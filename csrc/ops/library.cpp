@@ -168,6 +168,7 @@ TORCH_LIBRARY_IMPL(flashmla, SparseCsrCPU, m) { register_functions(m); }
 TORCH_LIBRARY_IMPL(flashmla, MkldnnCPU, m) { register_functions(m); }
 TORCH_LIBRARY_IMPL(flashmla, QuantizedCPU, m) { register_functions(m); }
 TORCH_LIBRARY_IMPL(flashmla, NestedTensorCPU, m) { register_functions(m); }
+TORCH_LIBRARY_IMPL(flashmla, AutogradNestedTensor, m) { register_functions(m); }
 
 TORCH_LIBRARY_IMPL(flashmla, Conjugate, m) { register_lazy(m); }
 TORCH_LIBRARY_IMPL(flashmla, Negative, m) { register_lazy(m); }
