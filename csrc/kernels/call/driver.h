@@ -3,6 +3,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 #include "kernels/call/matrix_engine.h"
 #include "kernels/call/params.h"
@@ -19,12 +20,17 @@ struct Executor {
   // calls. `slot`, 0 or 1, tells apart the two buffers that the driver holds at once.
   std::byte* (*scratch)(int slot, size_t bytes);
   const MatrixEngine* engine = nullptr;  // or null: levels that would use one do without
+  // Whether the rest of the work is to be left out, results being whatever they are; or null.
+  // Asked between items, on every thread.
+  bool (*interrupted)() = nullptr;
 };
 
 void attention(const AttentionParams& params, Plan& plan, const Executor& executor);
 // The same between projections: p lacks the main part of queries, and the output.
 void projected_attention(AttentionParams p, const ProjectionParams& projections, Plan& plan,
                          const Executor& executor);
+// Several expansions of as many heads.
+void expand(std::span<const ExpansionParams> params, const Executor& executor);
 void append(const AppendParams& params, const Executor& executor);
 void gather(const GatherParams& params, const Executor& executor);
 void merge_states(const MergeParams& params, const Executor& executor);

@@ -20,7 +20,8 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from torch_flash_mla import ops
 from torch_flash_mla.formats import row_bytes
 from torch_flash_mla.integrations.transformers.attention import patch_state
-from torch_flash_mla.integrations.transformers.cache import CACHE_ARGUMENT, Pages
+from torch_flash_mla.integrations.transformers.cache import Pages
+from torch_flash_mla.integrations.transformers.compat import CACHE_ARGUMENT
 
 
 class DecoderStep(nn.Module):

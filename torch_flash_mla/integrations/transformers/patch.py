@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import transformers
-from packaging.version import Version
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
@@ -24,7 +23,11 @@ from torch_flash_mla.integrations.transformers.attention import (
     mla_attention_forward,
     patch_state,
 )
-from torch_flash_mla.integrations.transformers.cache import CACHE_ARGUMENT, MLACache
+from torch_flash_mla.integrations.transformers.cache import MLACache
+from torch_flash_mla.integrations.transformers.compat import (
+    CACHE_ARGUMENT,
+    SPARSE_LAYERS_CACHE_LATENTS,
+)
 from torch_flash_mla.integrations.transformers.selection import (
     ATTENTION_NAME,
     AttentionModule,
@@ -33,9 +36,6 @@ from torch_flash_mla.integrations.transformers.selection import (
     passthrough,
 )
 from torch_flash_mla.integrations.transformers.weights import Way, reading
-
-_OLDEST_SPARSE = Version("5.18")  # the first release whose layers with an indexer cache the latent
-_VERSION = Version(Version(transformers.__version__).base_version)
 
 # from_pretrained(..., attn_implementation="mla_cpu") works from here on.
 AttentionInterface.register(ATTENTION_NAME, mla_attention_forward)
@@ -135,6 +135,8 @@ class _CacheForGeneration:
         copies = max(generation_config.num_beams, generation_config.num_return_sequences)
         mask = _whole_mask(generation_config, model_kwargs, batch_size * copies)
         if isinstance(cache, MLACache) and mask is not None:
+            if generation_config.is_assistant:
+                _forget_guesses(cache, mask.shape[1])
             _continue(cache, mask, 1 if model.training else copies)
         kind = generation_config.cache_implementation
         if cache is None and kind is not None and self.kv_cache_dtype != "auto":
@@ -231,6 +233,14 @@ def _whole_mask(generation_config: Any, model_kwargs: dict[str, Any], batch: int
     if mask is None and width is not None:
         return torch.ones(batch, width, dtype=torch.long)
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _forget_guesses(cache: MLACache, width: int) -> None:
+    """Crops the cache of an assistant to the ``width`` tokens there are. Up to transformers 5.17 it
+    is left with guesses that were refused."""
+    surplus = int(cache.get_seq_length()) - width
+    if cache.batch_size > 0 and surplus > 0:
+        cache.crop(-surplus)
 
 
 def _continue(cache: MLACache, mask: Tensor, copies: int) -> None:
@@ -434,8 +444,9 @@ def _verdict(module: AttentionModule, kv_cache_dtype: str) -> tuple[str, str]:
             f"{name} has no expand_kv, so it caches expanded keys: load the model without "
             "trust_remote_code"
         )
-    if hasattr(module, "indexer") and _VERSION < _OLDEST_SPARSE:
-        return FAILED, f"sparse MLA needs transformers >= {_OLDEST_SPARSE}, found {_VERSION}"
+    if hasattr(module, "indexer") and not SPARSE_LAYERS_CACHE_LATENTS:
+        found = transformers.__version__
+        return FAILED, f"sparse MLA needs transformers >= 5.18, found {found}"
     tensors = [*module.kv_b_proj.parameters(), *module.kv_b_proj.buffers()]
     device = next((t.device.type for t in tensors if t.device.type not in ("cpu", "meta")), None)
     if device is not None:
