@@ -159,8 +159,8 @@ def flash_mla_with_kvcache(
         return ops.mla_attention(
             q,
             cache,
-            torch.arange(blocks, dtype=torch.int32).expand(batch, blocks),
-            torch.full((batch,), blocks * cache.shape[1], dtype=torch.int32),
+            torch.arange(blocks, dtype=torch.int32, device="cpu").expand(batch, blocks),
+            torch.full((batch,), blocks * cache.shape[1], dtype=torch.int32, device="cpu"),
             head_dim_v,
             softmax_scale,
             indices=rows,
@@ -241,7 +241,7 @@ def flash_mla_sparse_fwd(
             q.unsqueeze(1),
             cache.expand(q_len, *cache.shape),
             None,
-            torch.full((q_len,), kv.shape[0], dtype=torch.int32),
+            torch.full((q_len,), kv.shape[0], dtype=torch.int32, device="cpu"),
             d_v,
             sm_scale,
             indices=rows,
@@ -277,8 +277,8 @@ def _max_logits(
     (q_len, heads, width), topk = q.shape, indices.shape[1]
     hidden = (indices < 0) | (indices >= kv.shape[0])
     if topk_length is not None:
-        hidden |= torch.arange(topk) >= topk_length.unsqueeze(1)
-    result = torch.full((q_len, heads), -torch.inf)
+        hidden |= torch.arange(topk, device="cpu") >= topk_length.unsqueeze(1)
+    result = torch.full((q_len, heads), -torch.inf, device="cpu")
     if topk == 0 or kv.shape[0] == 0:
         return result
     rows = indices.masked_fill(hidden, 0)

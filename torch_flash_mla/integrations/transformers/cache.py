@@ -611,10 +611,12 @@ class MLACache(Cache):
                 go into the file, and :meth:`load` compares them.
 
         Raises:
-            ValueError: an empty cache, or a stock layer with a state that cannot be stored.
+            ValueError: an empty cache, a stock layer with a state that cannot be stored, or
+                TORCH_FLASH_MLA_DISABLE, with which a cache has no pages.
             OSError: the file cannot be written.
         """
         paged = self.pages.paged
+        _refuse_if_disabled("save")
         if paged is None or paged.batch == 0:
             raise ValueError("save of an empty cache: run the prompt through the model first")
         pages, contents = paged.snapshot()
@@ -647,9 +649,10 @@ class MLACache(Cache):
         Raises:
             OSError: the file cannot be opened or read.
             ValueError: no such file, of another version, damaged, or made by another model; the
-                message says where, or how the models differ.
+                message says where, or how the models differ. Or TORCH_FLASH_MLA_DISABLE is set.
             RuntimeError, MemoryError: no memory for it.
         """
+        _refuse_if_disabled("load")
         with _cache_file.opened(path, "MLACache", mmap, verify) as (header, tensors):
             fields = _cache_file.Fields(header)
             different = difference(dict(fields.mapping("model")), fingerprint(model))
@@ -687,6 +690,14 @@ class MLACache(Cache):
                 if isinstance(layer, LatentPages) and layer.is_initialized:
                     layer._restore_carriers()
         return cache
+
+
+def _refuse_if_disabled(what: str) -> None:
+    if is_disabled():
+        raise ValueError(
+            f"{what} of an MLACache: its layers are stock, without pages, because "
+            "TORCH_FLASH_MLA_DISABLE is set"
+        )
 
 
 def _of_pages(layer: Any) -> set[str]:

@@ -231,7 +231,7 @@ def _whole_mask(generation_config: Any, model_kwargs: dict[str, Any], batch: int
     mask = model_kwargs.get("attention_mask")
     width = getattr(generation_config, "_mask_length", None)
     if mask is None and width is not None:
-        return torch.ones(batch, width, dtype=torch.long)
+        return torch.ones(batch, width, dtype=torch.long, device="cpu")
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 

@@ -60,6 +60,7 @@ _teaching = threading.Lock()
 _taught = 0  # len(sys.modules) when the classes were last looked at
 
 
+@torch.compiler.assume_constant_result  # runs while a graph is made, as it does without one
 def teach_selection() -> None:
     """Lets every MLA class that exists by now look for the name.
 
@@ -67,7 +68,7 @@ def teach_selection() -> None:
     made), so that the first call of a layer is like all others.
     """
     global _taught
-    if torch.compiler.is_compiling() or len(sys.modules) == _taught or is_disabled():
+    if len(sys.modules) == _taught or is_disabled():
         return
     with _teaching:
         count = len(sys.modules)
