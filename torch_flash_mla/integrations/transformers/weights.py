@@ -140,6 +140,8 @@ def _dense_copy(proj: nn.Module, latent_dim: int, dtype: torch.dtype) -> tuple[T
     held = _Held(proj)
     if any(t.is_meta or t.device.type != "cpu" for t in held.tensors):
         return None, _ELSEWHERE
+    if held.is_opaque:
+        return None, "nobody can look into its tensors"
     if held.trainable:
         return None, "it is being trained (requires_grad)"
     autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
@@ -193,11 +195,12 @@ class _Held:
         attributes: comparable; changes with every attribute but not with values of tensors.
         tensors: the plain ones, those that wrapper subclasses and attributes hold included.
         trainable: whether a tensor requires a gradient.
+        is_opaque: whether a tensor wraps others and does not say which.
     """
 
     def __init__(self, proj: nn.Module) -> None:
         self.tensors: list[Tensor] = []
-        self.trainable = False
+        self.trainable = self.is_opaque = False
         self._seen: set[int] = set()
         modules = list(proj.modules())
         self._packages = {_package(type(module)) for module in modules} - {"torch"}
@@ -236,15 +239,28 @@ class _Held:
             names, context = tensor.__tensor_flatten__()
             parts = tuple(self._look(getattr(tensor, name)) for name in names)
             return kind, parts, self._look(context)
-        self.tensors.append(tensor)
         if type(tensor) in _PLAIN_TYPES:
+            self.tensors.append(tensor)
             return kind
         self._packages.add(_package(type(tensor)))
-        return kind, self._look(vars(tensor))  # such as the scales of a bitsandbytes weight
+        attributes = self._look(vars(tensor))  # such as the scales of a bitsandbytes weight
+        self.is_opaque |= not _has_memory(tensor)
+        self.tensors.append(tensor.as_subclass(Tensor))
+        return kind, attributes
 
     def contents(self) -> list[_Checksum]:
         """Checksums of all tensors, comparable."""
         return [_Checksum(tensor) for tensor in self.tensors]
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """False for a subclass that wraps other tensors."""
+    with torch._C.DisableTorchFunctionSubclass():
+        try:
+            tensor.untyped_storage().data_ptr()
+        except RuntimeError:
+            return False
+        return True
 
 
 def _package(cls: type[Any]) -> str:
@@ -277,8 +293,9 @@ def _make_copy(
 ) -> _Copy:
     """Makes the copy, and compares it with ``proj`` itself."""
     try:
-        weight = _apply_to_identity(proj, latent_dim, dtype)
-        reason = _difference(proj, weight, latent_dim, dtype)
+        with torch.random.fork_rng(devices=[]):  # dropout shows as a difference
+            weight = _apply_to_identity(proj, latent_dim, dtype)
+            reason = _difference(proj, weight, latent_dim, dtype)
     except (RuntimeError, TypeError, ValueError) as error:
         reason = f"it does not take {latent_dim} unit vectors ({error})"
     after = _Held(proj)
