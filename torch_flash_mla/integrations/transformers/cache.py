@@ -360,7 +360,7 @@ class FixedLatentLayer(LatentPages, StaticLayer):
 
     def get_seq_length(self) -> Any:
         """A tensor once there is one, as for a StaticLayer: int32 []."""
-        return self._paged.cache_seqlens[0] if self.is_initialized else 0
+        return 0 if self.pages.paged is None else self.pages.paged.cache_seqlens[0]
 
     def _carrier_length(self) -> int:
         return self.max_cache_len
