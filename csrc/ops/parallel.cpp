@@ -78,8 +78,12 @@ std::byte* thread_scratch(int slot, size_t bytes) {
 }
 
 Executor torch_executor() {
-  return {at::in_parallel_region() ? 1 : at::get_num_threads(), parallel_for, thread_scratch,
-          onednn_engine(), interrupted, steps_apart};
+  return {at::in_parallel_region() ? 1 : at::get_num_threads(),
+          parallel_for,
+          thread_scratch,
+          onednn_engine(),
+          interrupted,
+          steps_apart};
 }
 
 Plan& thread_plan() {
