@@ -12,14 +12,20 @@ from torch import Tensor
 from torch_flash_mla import _autograd  # noqa: F401
 
 
-def _check_device(name: str, first: Tensor | None, **others: Tensor | None) -> None:
-    """A meta tensor among real ones would bring torch here, and back without a result."""
-    if first is None:
-        raise RuntimeError(f"{name}: undefined tensor")
-    for other_name, other in others.items():
-        if other is not None and other.device != first.device:
+def _check(required: dict[str, Tensor | None], **optional: Tensor | None) -> None:
+    """No tensor is missing, and all are on the device of the first.
+
+    A meta tensor among real ones would bring torch here, and back without a result.
+    """
+    for name, tensor in required.items():
+        if tensor is None:
+            raise RuntimeError(f"{name}: undefined tensor")
+    (first_name, first), *others = [*required.items(), *optional.items()]
+    assert first is not None
+    for name, tensor in others:
+        if tensor is not None and tensor.device != first.device:
             raise RuntimeError(
-                f"{other_name}: on device {other.device}, expected {first.device} as {name}"
+                f"{name}: on device {tensor.device}, expected {first.device} as {first_name}"
             )
 
 
@@ -43,12 +49,9 @@ def _mla_attention(
     kv_cache_dtype: str = "auto",
     cu_seqlens_q: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check_device(
-        "q",
-        q,
-        kv_cache=kv_cache,
+    _check(
+        {"q": q, "kv_cache": kv_cache, "cache_seqlens": cache_seqlens},
         block_table=block_table,
-        cache_seqlens=cache_seqlens,
         attn_mask=attn_mask,
         cache_leftpad=cache_leftpad,
         indices=indices,
@@ -83,13 +86,9 @@ def _mla_attention_kv_b(
     cu_seqlens_q: Tensor | None = None,
     form: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    _check_device(
-        "q",
-        q,
-        kv_cache=kv_cache,
+    _check(
+        {"q": q, "kv_cache": kv_cache, "cache_seqlens": cache_seqlens, "w_kv_b": w_kv_b},
         block_table=block_table,
-        cache_seqlens=cache_seqlens,
-        w_kv_b=w_kv_b,
         attn_mask=attn_mask,
         cache_leftpad=cache_leftpad,
         indices=indices,
@@ -117,12 +116,8 @@ def _concat_and_cache_mla(
     kv_cache_dtype: str = "auto",
     k_pe_cache: Tensor | None = None,
 ) -> None:
-    _check_device(
-        "kv_cache",
-        kv_cache,
-        kv_c=kv_c,
-        k_pe=k_pe,
-        slot_mapping=slot_mapping,
+    _check(
+        {"kv_cache": kv_cache, "kv_c": kv_c, "k_pe": k_pe, "slot_mapping": slot_mapping},
         k_pe_cache=k_pe_cache,
     )
 
@@ -138,7 +133,7 @@ def _gather_cache(
     kv_cache_dtype: str = "auto",
     max_seqlen: int | None = None,
 ) -> Tensor:
-    _check_device("kv_cache", kv_cache, block_table=block_table, cache_seqlens=cache_seqlens)
+    _check({"kv_cache": kv_cache, "cache_seqlens": cache_seqlens}, block_table=block_table)
     if max_seqlen is None:
         blocks = 1 if block_table is None else block_table.shape[1]
         max_seqlen = blocks * kv_cache.shape[1]
@@ -147,14 +142,14 @@ def _gather_cache(
 
 @torch.library.register_fake("flashmla::copy_blocks")
 def _copy_blocks(kv_cache: Tensor, block_mapping: Tensor) -> None:
-    _check_device("kv_cache", kv_cache, block_mapping=block_mapping)
+    _check({"kv_cache": kv_cache, "block_mapping": block_mapping})
 
 
 @torch.library.register_fake("flashmla::merge_attn_states")
 def _merge_attn_states(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, attn_sink: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    _check_device("out_a", out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b, attn_sink=attn_sink)
+    _check({"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}, attn_sink=attn_sink)
     return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
 
 

@@ -37,6 +37,9 @@ class _Mapped:
         self.mapped = {name for name, dim in mapped_dims.items() if dim is not None}
         bound.apply_defaults()
         self.values: Arguments = dict(bound.arguments)
+        for name, parameter in bound.signature.parameters.items():
+            if parameter.annotation is Tensor and self.values[name] is None:
+                raise RuntimeError(f"{name}: undefined tensor")
         for name in self.mapped:
             self.values[name] = self.values[name].movedim(mapped_dims[name], 0)
 
@@ -57,7 +60,7 @@ class _Mapped:
             return None
         if name not in self.mapped:
             value = value.expand(self.samples, *value.shape)
-        return value.flatten(0, 1)
+        return _join(name, value)
 
     def call(self, **changes: Any) -> tuple[Any, Any]:
         result = self.op(**self.values | changes)
@@ -86,7 +89,7 @@ class _Mapped:
             blocks = result["kv_cache"].shape[0] // self.samples
             first = torch.arange(self.samples, dtype=torch.int32, device="cpu") * blocks
             table = table + first.view(-1, 1, 1)
-        return {**result, "block_table": table.flatten(0, 1), "cache_seqlens": lengths}
+        return {**result, "block_table": _join("block_table", table), "cache_seqlens": lengths}
 
     def fold_mask(self) -> Tensor | None:
         """The mask as [N * B or 1, H or 1, Sq or 1, S]."""
@@ -105,6 +108,13 @@ class _Mapped:
         elif mask.shape[1] == 1:
             mask = mask.expand(-1, batch, -1, -1, -1)
         return mask.flatten(0, 1)
+
+
+def _join(name: str, value: Tensor) -> Tensor:
+    """[samples, sequences, ..] -> [samples * sequences, ..]."""
+    if value.dim() < 2:
+        raise ValueError(f"{name}: one number per sample, expected a dimension of sequences")
+    return value.flatten(0, 1)
 
 
 def _attention(mapped: _Mapped) -> tuple[Any, Any]:

@@ -5,6 +5,7 @@
 #include <c10/util/SmallVector.h>
 
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 #include "kernels/formats/formats.h"
@@ -59,8 +60,21 @@ PagedRows paged_rows(const Tensor& t, const char* name, int64_t width, const cha
   TORCH_CHECK_VALUE(t.size(-1) == width, name, ": rows of ", t.size(-1), ", expected ", width, " (",
                     what, ")");
   check_rows_contiguous(t, name);
-  return {const_cast<std::byte*>(bytes(t)), t.stride(0) * item_bytes(t),
-          t.stride(1) * item_bytes(t)};
+  return {const_cast<std::byte*>(bytes(t)), byte_stride(t, 0), byte_stride(t, 1)};
+}
+
+// Dimensions of a cache from the innermost outwards: stride and size, in one unit.
+using Dims = c10::SmallVector<std::pair<int64_t, int64_t>, 5>;
+
+// Whether each dimension steps over all of those inside it, the first over `inside`: then no two
+// cells share memory.
+bool step_over(Dims dims, int64_t inside) {
+  std::sort(dims.begin(), dims.end());
+  for (const auto& [stride, size] : dims) {
+    if (stride < inside) return false;
+    inside += stride * (size - 1);
+  }
+  return true;
 }
 
 }  // namespace
@@ -102,19 +116,13 @@ Cache check_cache(const Tensor& kv_cache, const OptionalTensor& k_pe_cache,
 }
 
 void check_cache_writable(const Tensor& cache, const char* name) {
-  // Dimensions from the innermost outwards must each step over all of those inside.
-  c10::SmallVector<std::pair<int64_t, int64_t>, 5> dims;  // stride, size
+  Dims dims;
   for (int64_t d = 0; d < cache.dim(); ++d) {
     if (cache.size(d) != 1) dims.emplace_back(cache.stride(d), cache.size(d));
   }
-  std::sort(dims.begin(), dims.end());
-  int64_t inside = 1;
-  for (const auto& [stride, size] : dims) {
-    TORCH_CHECK(cache.numel() == 0 || stride >= inside, name, ": shape ", cache.sizes(),
-                " and strides ", cache.strides(),
-                " make cells share memory, so it cannot be written");
-    inside = stride * (size - 1) + inside;
-  }
+  TORCH_CHECK(cache.numel() == 0 || step_over(dims, 1), name, ": shape ", cache.sizes(),
+              " and strides ", cache.strides(),
+              " make cells share memory, so it cannot be written");
   TORCH_CHECK(!(cache.requires_grad() && c10::GradMode::is_enabled()), name,
               ": requires grad, but writing to a cache is not recorded for gradients; write under "
               "torch.no_grad(), or to a cache that does not require grad");
@@ -138,6 +146,35 @@ bool may_overlap(const Tensor& a, const Tensor& b) {
   return a_begin < b_end && b_begin < a_end;
 }
 
+void check_apart(const Tensor& kv_cache, const Tensor& k_pe_cache) {
+  if (!may_overlap(kv_cache, k_pe_cache)) return;
+  // Where the two step alike along some dimensions, what they span along the others is a region
+  // each, side by side with the other's: columns of the same rows, or parts of the same blocks.
+  const int64_t item = item_bytes(kv_cache);
+  const auto distance = static_cast<int64_t>(reinterpret_cast<uintptr_t>(bytes(k_pe_cache)) -
+                                             reinterpret_cast<uintptr_t>(bytes(kv_cache)));
+  auto side_by_side = [&](std::initializer_list<int64_t> alike) {
+    Dims outer;
+    int64_t first = kv_cache.size(-1) * item, second = k_pe_cache.size(-1) * item;  // bytes spanned
+    for (int64_t d = 0; d < 2; ++d) {
+      const int64_t a = byte_stride(kv_cache, d), b = byte_stride(k_pe_cache, d),
+                    size = kv_cache.size(d);
+      if (size == 1) continue;
+      if (std::find(alike.begin(), alike.end(), d) != alike.end()) {
+        if (a != b) return false;
+        outer.emplace_back(a, size);
+      } else {
+        first += a * (size - 1), second += b * (size - 1);
+      }
+    }
+    return distance >= 0 ? distance >= first && step_over(outer, distance + second)
+                         : -distance >= second && step_over(outer, first - distance);
+  };
+  TORCH_CHECK_VALUE(side_by_side({0, 1}) || side_by_side({0}) || side_by_side({1}),
+                    "k_pe_cache: shares memory with kv_cache, expected memory of its own, or other "
+                    "columns of the same rows");
+}
+
 Sequences check_sequences(Cache& cache, const OptionalTensor& block_table,
                           const Tensor& cache_seqlens, int64_t batch) {
   Sequences sequences;
@@ -151,7 +188,8 @@ Sequences check_sequences(Cache& cache, const OptionalTensor& block_table,
     check_rank(*block_table, "block_table", 2, "[B, max_blocks]");
     TORCH_CHECK_VALUE(block_table->size(0) == batch, "block_table: shape ", block_table->sizes(),
                       ", expected [B, max_blocks] with B = ", batch);
-    sequences.capacity = block_table->size(1) * block_size;
+    if (__builtin_mul_overflow(block_table->size(1), block_size, &sequences.capacity))
+      sequences.capacity = std::numeric_limits<int64_t>::max();
   } else {
     TORCH_CHECK_VALUE(batch <= cache.num_blocks, "kv_cache: ", cache.num_blocks,
                       " rows, expected one per sequence (", batch, ") as block_table is None");
@@ -172,14 +210,18 @@ Sequences check_sequences(Cache& cache, const OptionalTensor& block_table,
   if (!block_table.has_value()) return sequences;
 
   const int64_t columns = (sequences.longest + block_size - 1) / block_size;
-  sequences.block_table.resize(static_cast<size_t>(batch * columns));
   const Tensor table = aligned(*block_table);
   const int64_t row = table.stride(0), step = table.stride(1);
-  for (int64_t b = 0; b < batch; ++b) {
-    const int64_t used =
-        (sequences.cache_seqlens[static_cast<size_t>(b)] + block_size - 1) / block_size;
+  const bool one_for_all = row == 0;
+  const int64_t rows = one_for_all ? std::min<int64_t>(batch, 1) : batch;
+  sequences.block_table =
+      std::make_unique_for_overwrite<int32_t[]>(static_cast<size_t>(rows * columns));
+  for (int64_t b = 0; b < rows; ++b) {
+    const int32_t length =
+        one_for_all ? sequences.longest : sequences.cache_seqlens[static_cast<size_t>(b)];
+    const int64_t used = (length + block_size - 1) / block_size;
     const int32_t* from = table.const_data_ptr<int32_t>() + b * row;
-    int32_t* to = sequences.block_table.data() + b * columns;
+    int32_t* to = sequences.block_table.get() + b * columns;
     for (int64_t i = 0; i < used; ++i) {
       const int32_t block = read_once(from + i * step);
       TORCH_CHECK_INDEX(block >= 0 && block < cache.num_blocks, "block_table[", b, "][", i,
@@ -187,10 +229,8 @@ Sequences check_sequences(Cache& cache, const OptionalTensor& block_table,
       to[i] = block;
     }
   }
-  // The kernels tell a paged cache by the pointer, which an empty table does not have.
-  static const int32_t kNothing = 0;
-  cache.view.block_table = sequences.block_table.empty() ? &kNothing : sequences.block_table.data();
-  cache.view.block_table_stride = columns;
+  cache.view.block_table = sequences.block_table.get();  // not null, even if nothing is used
+  cache.view.block_table_stride = one_for_all ? 0 : columns;
   return sequences;
 }
 

@@ -1,6 +1,7 @@
 // cache_arguments.h: cache tensors, block tables and lengths, checked, as the kernels' CacheView.
 // Every operator that touches a cache comes through here.
 #pragma once
+#include <memory>
 #include <string_view>
 
 #include "kernels/call/params.h"
@@ -36,16 +37,19 @@ std::byte* written_bytes(const Tensor& cache);
 // Whether the memory of two tensors may be the same.
 bool may_overlap(const Tensor& a, const Tensor& b);
 
+// The two tensors of a cache that will be written hold different cells.
+void check_apart(const Tensor& kv_cache, const Tensor& k_pe_cache);
+
 // The sequences in a cache: what the tensors held when they were checked.
 struct Sequences {
-  std::vector<int32_t> cache_seqlens;  // [B]
-  std::vector<int32_t> block_table;    // [B, columns in use]
-  int64_t capacity;                    // tokens a sequence can have
-  int32_t longest;                     // the largest of cache_seqlens
+  std::vector<int32_t> cache_seqlens;      // [B]
+  std::unique_ptr<int32_t[]> block_table;  // [B or, of one row for all, 1, columns in use]
+  int64_t capacity;                        // tokens a sequence can have
+  int32_t longest;                         // the largest of cache_seqlens
 };
 
 // Checks lengths and the block ids they use (the entries behind them may hold anything), and puts
-// the table into the view. The vectors keep their memory when the struct is moved.
+// the table into the view. What the view points to stays where it is when the struct is moved.
 Sequences check_sequences(Cache& cache, const OptionalTensor& block_table,
                           const Tensor& cache_seqlens, int64_t batch);
 

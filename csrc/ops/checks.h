@@ -16,6 +16,12 @@ namespace flashmla {
 
 inline int64_t item_bytes(const at::Tensor& t) { return static_cast<int64_t>(t.itemsize()); }
 
+// In bytes. That of a dimension of one element may be anything, and no number of bytes: nobody
+// steps along it.
+inline int64_t byte_stride(const at::Tensor& t, int64_t d) {
+  return (t.size(d) > 1 ? t.stride(d) : t.size(-1)) * item_bytes(t);
+}
+
 // Rows of queries of one sequence, and entries of an index list, are at most this many: steps
 // beyond the last one still fit 32 bits.
 constexpr int64_t kMostRows = int64_t{1} << 30;
@@ -165,16 +171,14 @@ std::vector<T> copied(const at::Tensor& t) {
 
 // [H, rows, L], a part of w_kv_b.
 inline WeightRows weight_rows(const at::Tensor& w) {
-  const int64_t item = item_bytes(w);
-  return {bytes(w), {w.stride(0) * item, w.stride(1) * item, w.stride(2) * item}};
+  return {bytes(w), {byte_stride(w, 0), byte_stride(w, 1), byte_stride(w, 2)}};
 }
 
 // [B, Sq, H, width], or ragged [T, H, width], as the kernels take it. They write through `out`
 // tensors only.
 inline QueryRows query_rows(const at::Tensor& t) {
-  const int64_t item = item_bytes(t);
   return {const_cast<std::byte*>(bytes(t)),
-          {t.dim() == 4 ? t.stride(0) * item : 0, t.stride(-3) * item, t.stride(-2) * item}};
+          {t.dim() == 4 ? byte_stride(t, 0) : 0, byte_stride(t, -3), byte_stride(t, -2)}};
 }
 
 }  // namespace flashmla

@@ -1,14 +1,28 @@
 // interrupt.cpp: Python's signals, by the functions of the interpreter in this process, if there is
-// one (interrupt.h). They are looked up by name: the library itself needs no Python.
+// one (interrupt.h).
 #include "ops/interrupt.h"
 
-#include <dlfcn.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <chrono>
 #include <limits>
 #include <memory>
-#include <type_traits>
+
+#include "ops/parallel.h"
+
+// Null where the program has no Python: the library itself needs none.
+extern "C" {
+#define FLASHMLA_OF_PYTHON [[gnu::weak, gnu::visibility("default")]]
+FLASHMLA_OF_PYTHON int Py_IsInitialized();
+FLASHMLA_OF_PYTHON int PyGILState_Ensure();
+FLASHMLA_OF_PYTHON void PyGILState_Release(int state);
+FLASHMLA_OF_PYTHON int PyErr_CheckSignals();
+FLASHMLA_OF_PYTHON void PyErr_Fetch(void** type, void** value, void** traceback);
+FLASHMLA_OF_PYTHON void PyErr_Restore(void* type, void* value, void* traceback);
+FLASHMLA_OF_PYTHON int Py_AddPendingCall(int (*call)(void*), void* argument);
+#undef FLASHMLA_OF_PYTHON
+}
 
 namespace flashmla {
 namespace {
@@ -20,64 +34,38 @@ struct PythonError {
   void *type, *value, *traceback;
 };
 
-struct Python {
-  int (*is_initialized)();
-  int (*gil_ensure)();
-  void (*gil_release)(int);
-  int (*check_signals)();
-  void (*fetch)(void**, void**, void**);
-  void (*restore)(void*, void*, void*);
-  int (*add_pending_call)(int (*)(void*), void*);
-  bool complete = true;
-
-  Python() {
-    auto find = [this](auto& function, const char* name) {
-      function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(RTLD_DEFAULT, name));
-      complete = complete && function != nullptr;
-    };
-    find(is_initialized, "Py_IsInitialized");
-    find(gil_ensure, "PyGILState_Ensure");
-    find(gil_release, "PyGILState_Release");
-    find(check_signals, "PyErr_CheckSignals");
-    find(fetch, "PyErr_Fetch");
-    find(restore, "PyErr_Restore");
-    find(add_pending_call, "Py_AddPendingCall");
-  }
-};
-
-const Python& python() {
-  static const Python functions;
-  return functions;
+bool has_python() {
+  return Py_IsInitialized && PyGILState_Ensure && PyGILState_Release && PyErr_CheckSignals &&
+         PyErr_Fetch && PyErr_Restore && Py_AddPendingCall && Py_IsInitialized() != 0;
 }
 
 // Raises what a handler raised, once Python goes on.
 int raise_again(void* error) {
   const std::unique_ptr<PythonError> e(static_cast<PythonError*>(error));
-  python().restore(e->type, e->value, e->traceback);
+  PyErr_Restore(e->type, e->value, e->traceback);
   return -1;
 }
 
 // Lets Python handle its signals. Whether a handler raised.
 bool handler_raises() {
-  const Python& py = python();
-  if (!py.complete || py.is_initialized() == 0) return false;
-  const int gil = py.gil_ensure();
-  bool raised = py.check_signals() != 0;
+  if (!has_python()) return false;
+  const int gil = PyGILState_Ensure();
+  bool raised = PyErr_CheckSignals() != 0;
   if (raised) {
     auto error = std::make_unique<PythonError>();
-    py.fetch(&error->type, &error->value, &error->traceback);
-    if (py.add_pending_call(raise_again, error.get()) == 0) {
+    PyErr_Fetch(&error->type, &error->value, &error->traceback);
+    if (Py_AddPendingCall(raise_again, error.get()) == 0) {
       error.release();
     } else {  // its queue is full, of calls that do not matter here: the exception is lost
       raised = false;
     }
   }
-  py.gil_release(gil);
+  PyGILState_Release(gil);
   return raised;
 }
 
 // Python handles signals on the main thread alone.
-thread_local const bool is_main_thread = getpid() == gettid();
+thread_local const bool is_main_thread = getpid() == syscall(SYS_gettid);
 thread_local Clock::time_point next_look = Clock::time_point::max();
 thread_local bool ends = false;
 
@@ -98,10 +86,9 @@ void InterruptibleCall::finish(std::initializer_list<at::Tensor> results) {
 bool interrupted() {
   if (!is_main_thread) return false;
   if (ends) return true;
-  const Clock::time_point now = Clock::now();
-  if (now < next_look) return false;
-  next_look = now + kPause;
-  ends = handler_raises();
+  if (Clock::now() < next_look) return false;
+  ends = among_calls(handler_raises);  // handlers may call operators
+  next_look = Clock::now() + kPause;
   return ends;
 }
 

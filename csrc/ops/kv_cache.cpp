@@ -1,9 +1,10 @@
 // kv_cache.cpp: the operators on the cache itself: write tokens, read rows back dequantised, copy
 // blocks.
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/from_blob.h>
+#include <c10/util/SmallVector.h>
 
 #include <algorithm>
+#include <cstring>
+#include <limits>
 
 #include "kernels/call/driver.h"
 #include "ops/cache_arguments.h"
@@ -20,27 +21,59 @@ Tensor token_rows(const Tensor& t, const char* name, int64_t tokens) {
   TORCH_CHECK_VALUE(t.dim() >= 2, name, ": shape ", t.sizes(), ", expected [tokens, width]");
   const int64_t width = t.size(-1);
   int64_t rows = 1;
-  for (int64_t d = 0; d + 1 < t.dim(); ++d) rows *= t.size(d);
+  for (int64_t d = 0; d + 1 < t.dim(); ++d) {
+    if (__builtin_mul_overflow(rows, t.size(d), &rows)) rows = std::numeric_limits<int64_t>::max();
+  }
   TORCH_CHECK_VALUE(rows == tokens, name, ": shape ", t.sizes(), " holds ", rows,
                     " tokens, expected ", tokens, " as in slot_mapping");
   const Tensor flat = t.reshape({tokens, width});
   return width > 1 && flat.stride(1) != 1 ? flat.contiguous() : flat;
 }
 
-// The two tensors of a cache hold different cells: they lie apart, or are columns of the same rows.
-void check_apart(const Tensor& kv_cache, const Tensor& k_pe_cache) {
-  if (!may_overlap(kv_cache, k_pe_cache)) return;
-  auto same = [&](int64_t d) { return kv_cache.stride(d) == k_pe_cache.stride(d); };
-  const int64_t row = kv_cache.stride(1) * item_bytes(kv_cache);
-  const int64_t apart = k_pe_cache.storage_offset() - kv_cache.storage_offset();
-  const bool columns = kv_cache.is_alias_of(k_pe_cache) && same(0) && same(1) &&
-                       kv_cache.stride(0) % std::max<int64_t>(kv_cache.stride(1), 1) == 0 &&
-                       apart >= kv_cache.size(-1) &&
-                       (apart + k_pe_cache.size(-1)) * item_bytes(kv_cache) <= row;
-  TORCH_CHECK_VALUE(columns,
-                    "k_pe_cache: shares memory with kv_cache, expected memory of its own or "
-                    "other columns of the same rows");
+// Calls task(i) for i in [0, count) on torch's threads.
+template <class Task>
+void for_each_task(int64_t count, const Task& task) {
+  torch_executor().parallel_for(
+      count, [](int64_t i, void* context) { (*static_cast<const Task*>(context))(i); },
+      const_cast<void*>(static_cast<const void*>(&task)));
 }
+
+// The cells of a block: runs of neighbouring bytes. No two dimensions share memory.
+class BlockCells {
+ public:
+  explicit BlockCells(const Tensor& cache) : run_(item_bytes(cache)) {
+    for (int64_t d = 1; d < cache.dim(); ++d) {
+      if (cache.size(d) != 1) dims_.push_back({cache.stride(d) * run_, cache.size(d), 0});
+    }
+    std::sort(dims_.begin(), dims_.end(),
+              [](const Dim& a, const Dim& b) { return a.stride < b.stride; });
+    size_t joined = 0;
+    while (joined < dims_.size() && dims_[joined].stride == run_) run_ *= dims_[joined++].size;
+    dims_.erase(dims_.begin(), dims_.begin() + static_cast<int64_t>(joined));
+  }
+
+  void copy(const std::byte* from, std::byte* to) const {
+    auto dims = dims_;
+    for (int64_t at = 0;;) {
+      std::memcpy(to + at, from + at, static_cast<size_t>(run_));
+      size_t d = 0;
+      for (; d < dims.size(); ++d) {
+        at += dims[d].stride;
+        if (++dims[d].index < dims[d].size) break;
+        at -= dims[d].stride * dims[d].size;
+        dims[d].index = 0;
+      }
+      if (d == dims.size()) return;
+    }
+  }
+
+ private:
+  struct Dim {
+    int64_t stride, size, index;
+  };
+  int64_t run_;                    // bytes
+  c10::SmallVector<Dim, 5> dims_;  // of runs, the innermost first
+};
 
 }  // namespace
 
@@ -81,9 +114,9 @@ void concat_and_cache_mla(const Tensor& kv_c, const Tensor& k_pe, const Tensor& 
   };
   const Tensor kv_c_rows = source(latent), k_pe_rows = source(rope);
   p.kv_c = bytes(kv_c_rows);
-  p.kv_c_stride = kv_c_rows.stride(0) * item_bytes(kv_c_rows);
+  p.kv_c_stride = byte_stride(kv_c_rows, 0);
   p.k_pe = bytes(k_pe_rows);
-  p.k_pe_stride = k_pe_rows.stride(0) * item_bytes(k_pe_rows);
+  p.k_pe_stride = byte_stride(k_pe_rows, 0);
   const int64_t rope_offset = cache.view.k_pe.data - cache.view.kv_c.data;
   cache.view.kv_c.data = written_bytes(kv_cache);
   cache.view.k_pe.data =
@@ -101,7 +134,7 @@ Tensor gather_cache(const Tensor& kv_cache, const OptionalTensor& block_table,
   p.out_type = float_type(dtype, "dtype");
   Cache cache = check_cache(kv_cache, std::nullopt, kv_cache_dtype, head_dim_v,
                             head_dim - head_dim_v, {"head_dim_v", "head_dim - head_dim_v"});
-  check_tensor(cache_seqlens, "cache_seqlens");
+  check_tensor(cache_seqlens, "cache_seqlens", kAnyAddress);
   check_rank(cache_seqlens, "cache_seqlens", 1, "[B]");
   p.batch = check_int32(cache_seqlens.size(0), "cache_seqlens.size(0)");
   const Sequences sequences = check_sequences(cache, block_table, cache_seqlens, p.batch);
@@ -119,7 +152,7 @@ Tensor gather_cache(const Tensor& kv_cache, const OptionalTensor& block_table,
 }
 
 void copy_blocks(const Tensor& kv_cache, const Tensor& block_mapping) {
-  check_tensor(kv_cache, "kv_cache");
+  check_tensor(kv_cache, "kv_cache", kAnyAddress);  // bytes are copied
   TORCH_CHECK_VALUE(kv_cache.dim() >= 2, "kv_cache: shape ", kv_cache.sizes(),
                     ", expected [num_blocks, block_size, row]");
   check_tensor(block_mapping, "block_mapping", kAnyAddress);
@@ -145,16 +178,17 @@ void copy_blocks(const Tensor& kv_cache, const Tensor& block_mapping) {
   }
   check_cache_writable(kv_cache, "kv_cache");
   if (pairs == 0 || kv_cache.numel() == 0) return;
-  // Plain tensors of the same memory: nothing that torch keeps of the cache's history can refuse a
-  // copy when others are made.
+  // What could fail has been done: from here on bytes are copied.
+  const BlockCells cells(kv_cache);
+  const int64_t block = byte_stride(kv_cache, 0),
+                ranges = std::min<int64_t>(pairs, torch_executor().workers);
   std::byte* data = written_bytes(kv_cache);
-  const int64_t block_bytes = kv_cache.stride(0) * item_bytes(kv_cache);
-  const at::AutoDispatchBelowADInplaceOrView plain;
-  auto block = [&](int64_t id) {
-    return at::from_blob(data + id * block_bytes, kv_cache.sizes().slice(1),
-                         kv_cache.strides().slice(1), kv_cache.options());
-  };
-  for (size_t i = 0; i < ids.size(); i += 2) block(ids[i + 1]).copy_(block(ids[i]));
+  for_each_task(ranges, [&](int64_t i) {
+    for (int64_t pair = pairs * i / ranges; pair < pairs * (i + 1) / ranges; ++pair) {
+      const int64_t* ends = ids.data() + 2 * pair;
+      cells.copy(data + ends[0] * block, data + ends[1] * block);
+    }
+  });
 }
 
 }  // namespace flashmla

@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include <new>
+#include <stdexcept>
 #include <string>
 #include <utility>
 
@@ -119,9 +120,10 @@ struct Guarded<kFunction> {
     try {
       return kFunction(std::forward<Arguments>(arguments)...);
     } catch (const std::bad_alloc&) {
-      TORCH_CHECK_WITH(OutOfMemoryError, false,
-                       "working memory: cannot allocate what the arguments of this call take");
+    } catch (const std::length_error&) {  // of a vector, before it asks for memory
     }
+    TORCH_CHECK_WITH(OutOfMemoryError, false,
+                     "working memory: cannot allocate what the arguments of this call take");
   }
 };
 
@@ -162,13 +164,9 @@ void register_functions(torch::Library& m) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(flashmla, CPU, m) { register_functions(m); }
-
-// Kinds of tensors that no argument may be: they reach the checks, which name it.
-TORCH_LIBRARY_IMPL(flashmla, SparseCPU, m) { register_functions(m); }
-TORCH_LIBRARY_IMPL(flashmla, SparseCsrCPU, m) { register_functions(m); }
-TORCH_LIBRARY_IMPL(flashmla, MkldnnCPU, m) { register_functions(m); }
-TORCH_LIBRARY_IMPL(flashmla, QuantizedCPU, m) { register_functions(m); }
+// Tensors of every backend: those of another than the CPU's own, sparse or quantised ones, reach the
+// checks too, which name the argument. Shapes without data (Meta) are _fake.py's.
+TORCH_LIBRARY_IMPL(flashmla, CompositeExplicitAutograd, m) { register_functions(m); }
 TORCH_LIBRARY_IMPL(flashmla, NestedTensorCPU, m) { register_functions(m); }
 TORCH_LIBRARY_IMPL(flashmla, AutogradNestedTensor, m) { register_functions(m); }
 

@@ -168,6 +168,10 @@ const MatrixEngine* onednn_engine() {
   return at::globalContext().userEnabledMkldnn() ? &kEngine : nullptr;
 }
 
+void pause_products() {
+  if (thread().busy) release();
+}
+
 std::tuple<int64_t, int64_t, double> onednn_stats() {
   return {all_products, all_shapes, static_cast<double>(all_nanoseconds) * 1e-9};
 }

@@ -11,6 +11,9 @@ namespace flashmla {
 // The engine, or null while the user has switched oneDNN off (torch.backends.mkldnn.enabled).
 const MatrixEngine* onednn_engine();
 
+// Something else may run on the calling thread, between two products of a work item.
+void pause_products();
+
 // What all threads did until now: products; (thread, shape) pairs met for the first time, each of
 // which oneDNN compiles; the seconds that took.
 std::tuple<int64_t, int64_t, double> onednn_stats();

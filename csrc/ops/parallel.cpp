@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <exception>
+#include <utility>
 
 #include "ops/interrupt.h"
 #include "ops/onednn.h"
@@ -53,6 +54,16 @@ class Buffer {
   size_t size_ = 0;
 };
 
+struct ThreadMemory {
+  Buffer buffers[kLatentRows + 1];
+  Plan plan;
+};
+thread_local ThreadMemory* memory_of_inner_calls = nullptr;
+ThreadMemory& thread_memory() {
+  thread_local ThreadMemory own;
+  return memory_of_inner_calls != nullptr ? *memory_of_inner_calls : own;
+}
+
 // at::parallel_for would need OpenMP flags and its runtime in this library; the stable interface
 // runs the same pool, but makes text of exceptions: they are carried past it.
 void parallel_for(int64_t count, void (*body)(int64_t i, void* context), void* context) {
@@ -73,8 +84,7 @@ void parallel_for(int64_t count, void (*body)(int64_t i, void* context), void* c
 }  // namespace
 
 std::byte* thread_scratch(int slot, size_t bytes) {
-  thread_local Buffer buffers[kLatentRows + 1];
-  return buffers[slot].at_least(bytes);
+  return thread_memory().buffers[slot].at_least(bytes);
 }
 
 Executor torch_executor() {
@@ -86,9 +96,15 @@ Executor torch_executor() {
           steps_apart};
 }
 
-Plan& thread_plan() {
-  thread_local Plan plan;
-  return plan;
+Plan& thread_plan() { return thread_memory().plan; }
+
+bool among_calls(bool (*body)()) {
+  ThreadMemory inner;
+  ThreadMemory* outer = std::exchange(memory_of_inner_calls, &inner);
+  pause_products();
+  const bool result = body();
+  memory_of_inner_calls = outer;
+  return result;
 }
 
 int64_t scratch_bytes() { return total_scratch; }

@@ -17,4 +17,8 @@ std::byte* thread_scratch(int slot, size_t bytes);
 // The calling thread's plan, kept for its memory.
 Plan& thread_plan();
 
+// Calls body() in the middle of an operator's call. Calls of operators that it makes in turn, on
+// this thread, get a plan and scratch of their own.
+bool among_calls(bool (*body)());
+
 }  // namespace flashmla

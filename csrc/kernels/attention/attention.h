@@ -202,7 +202,10 @@ RowSet attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, 
                     s.staged);
   Output output = {s.output, layout.value, true};
   bool fetched = false;
+  constexpr int32_t kTilesBetweenLooks = 8;
   for (int32_t at = begin; at < end;) {
+    if (p.left_out && at / shape.tile % kTilesBetweenLooks == 0 && p.left_out(p.left_out_context))
+      return {};
     // Tiles end at multiples of the tile length, so that their pages of 16 tokens are whole but for
     // the first and the last.
     const int64_t edge_at = (int64_t{at} / shape.tile + 1) * shape.tile;

@@ -24,19 +24,6 @@ void run(const Executor& executor, int64_t count, const Body& body) {
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// Row-wise work goes to threads in ranges of rows, when there is enough of it.
-template <class Body>
-void run_rows(const Executor& executor, int64_t rows, const Body& body) {
-  constexpr int64_t kLeast = 64;
-  const int64_t ranges = std::clamp<int64_t>(rows / kLeast, 1, executor.workers);
-  run(executor, ranges, [&](int64_t i) { body(rows * i / ranges, rows * (i + 1) / ranges); });
-}
-
-float* row_scratch(const Executor& executor, const CacheView& cache) {
-  const size_t floats = static_cast<size_t>(cache.latent) + static_cast<size_t>(cache.rope);
-  return reinterpret_cast<float*>(executor.scratch(0, floats * sizeof(float)));
-}
-
 float load_scalar(ScalarType type, const std::byte* p, int64_t i) {
   if (type == ScalarType::kF32) return reinterpret_cast<const float*>(p)[i];
   const uint16_t x = reinterpret_cast<const uint16_t*>(p)[i];
@@ -67,6 +54,32 @@ class LeftOut {
   bool (*interrupted_)();
   std::atomic<bool> left_out_ = false;
 };
+
+// Row-wise work goes to threads in ranges of rows, when there is enough of it: body(begin, end,
+// row), where `row` is memory for so many floats. All of it is there before any row is begun.
+template <class Body>
+void run_rows(const Executor& executor, int64_t rows, int64_t floats, const Body& body) {
+  constexpr int64_t kLeast = 64, kLine = 16;
+  const int64_t ranges = std::clamp<int64_t>(rows / kLeast, 1, executor.workers);
+  const int64_t apart = (floats + kLine - 1) / kLine * kLine;
+  const auto bytes = static_cast<size_t>(ranges * apart) * sizeof(float);
+  float* row = bytes == 0 ? nullptr : reinterpret_cast<float*>(executor.scratch(0, bytes));
+  run(executor, ranges,
+      [&](int64_t i) { body(rows * i / ranges, rows * (i + 1) / ranges, row + i * apart); });
+}
+
+// The same for results that nobody needs of a call that was interrupted.
+template <class Body>
+void run_result_rows(const Executor& executor, int64_t rows, int64_t floats, const Body& body) {
+  constexpr int64_t kRows = 4096;  // between looks
+  LeftOut left_out(executor);
+  run_rows(executor, rows, floats, [&](int64_t begin, int64_t end, float* row) {
+    for (int64_t at = begin; at < end && !left_out(); at += kRows)
+      body(at, std::min(at + kRows, end), row);
+  });
+}
+
+int64_t row_floats(const CacheView& cache) { return int64_t{cache.latent} + cache.rope; }
 
 // A part of a call that begins when all before it is complete: so many tasks, in any order.
 struct Step {
@@ -186,8 +199,11 @@ struct ProjectionTasks {
   int64_t begin(int64_t task) const { return units * task / tasks; }
 };
 
-void run_attention(const AttentionParams& p, const ProjectionParams* projections, Plan& plan,
+void run_attention(AttentionParams p, const ProjectionParams* projections, Plan& plan,
                    const Executor& executor) {
+  LeftOut left_out(executor);
+  p.left_out = [](void* context) { return (*static_cast<LeftOut*>(context))(); };
+  p.left_out_context = &left_out;
   const KernelTable& table = kernels();
   const BlockShape shape = table.block_shape(p);
   make_plan(p, shape, executor.workers, plan);
@@ -199,7 +215,6 @@ void run_attention(const AttentionParams& p, const ProjectionParams* projections
                               : reinterpret_cast<float*>(executor.scratch(1, partial_bytes));
   };
   float* all_partials = plan.own_partials ? nullptr : partial_results();
-  LeftOut left_out(executor);
   auto attend_items = [&](int64_t w) {
     const auto begin = static_cast<size_t>(plan.worker_begin[static_cast<size_t>(w)]);
     const auto end = static_cast<size_t>(plan.worker_begin[static_cast<size_t>(w) + 1]);
@@ -278,19 +293,15 @@ void expand(std::span<const ExpansionParams> params, const Executor& executor) {
 }
 
 void append(const AppendParams& p, const Executor& executor) {
-  run_rows(executor, p.tokens, [&](int64_t begin, int64_t end) {
-    kernels().append_rows(p, begin, end, row_scratch(executor, p.cache));
+  run_rows(executor, p.tokens, row_floats(p.cache), [&](int64_t begin, int64_t end, float* row) {
+    kernels().append_rows(p, begin, end, row);
   });
 }
 
 void gather(const GatherParams& p, const Executor& executor) {
-  constexpr int64_t kRows = 4096;  // between looks
-  LeftOut left_out(executor);
-  run_rows(executor, p.batch * p.max_seqlen, [&](int64_t begin, int64_t end) {
-    float* row = row_scratch(executor, p.cache);
-    for (int64_t at = begin; at < end && !left_out(); at += kRows)
-      kernels().gather_rows(p, at, std::min(at + kRows, end), row);
-  });
+  run_result_rows(
+      executor, p.batch * p.max_seqlen, row_floats(p.cache),
+      [&](int64_t begin, int64_t end, float* row) { kernels().gather_rows(p, begin, end, row); });
 }
 
 void merge_states(const MergeParams& p, const Executor& executor) {
@@ -320,10 +331,10 @@ void merge_states(const MergeParams& p, const Executor& executor) {
       store_scalar(p.out_type, out, d, x);
     }
   };
-  run_rows(executor, static_cast<int64_t>(p.batch) * p.q_len * p.heads,
-           [&](int64_t begin, int64_t end) {
-             for (int64_t i = begin; i < end; ++i) merge_row(i);
-           });
+  run_result_rows(executor, static_cast<int64_t>(p.batch) * p.q_len * p.heads, 0,
+                  [&](int64_t begin, int64_t end, float*) {
+                    for (int64_t i = begin; i < end; ++i) merge_row(i);
+                  });
 }
 
 }  // namespace flashmla

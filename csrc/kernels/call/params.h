@@ -104,6 +104,11 @@ struct AttentionParams {
   int64_t lse_stride[3];  // elements, of B, H, Sq
 
   bool deterministic;  // key splits depend on one sequence alone, never on threads or batch mates
+
+  // Whether to leave out the rest of the work, results being whatever they are; or null. Asked
+  // every few tiles: an item alone may take seconds.
+  bool (*left_out)(void* context) = nullptr;
+  void* left_out_context = nullptr;
 };
 
 // One half of an up-projection of the latent: the rows of each head, as the caller has them.
