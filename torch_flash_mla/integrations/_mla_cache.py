@@ -453,8 +453,9 @@ class MLACache(Cache):
                 f"n: got {n} for a batch of {paged.batch}, but the cache of fixed size was made "
                 f"for {paged.max_batch} sequences: MLACache(..., max_batch={paged.batch * n})"
             )
+        prefix = n, int(paged.cache_seqlens[0])
         self.reorder_cache(torch.arange(paged.batch).repeat_interleave(n))
-        self._shared_prefix = n, int(paged.cache_seqlens[0])
+        self._shared_prefix = prefix
 
     def share_prompt(self, copies: int, tokens: int) -> None:
         """Announces that the rows of the next forward passes come as ``copies`` equal ones in a
