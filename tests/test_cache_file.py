@@ -27,8 +27,8 @@ from transformers_cases import families, small_model
 
 from torch_flash_mla import PagedLatentCache
 from torch_flash_mla.formats import PACKED_FORMATS
-from torch_flash_mla.integrations._fingerprint import difference, fingerprint
 from torch_flash_mla.integrations.transformers import MLACache, patch
+from torch_flash_mla.integrations.transformers.fingerprint import difference, fingerprint
 
 ROOT = str(Path(__file__).parents[1])
 FAMILY = "deepseek_v3"

@@ -329,7 +329,7 @@ class PagedLatentCache:
                     f"cache of max_cache_len={room}"
                 )
             self._check_copies(present, copies)
-        positions = lengths.long().unsqueeze(1) + torch.arange(new_tokens)
+        positions = lengths.long().unsqueeze(1) + torch.arange(new_tokens, device="cpu")
         fits = positions < self.block_table.shape[1] * self.block_size
         slots = torch.where(fits, self._slots(self.block_table, positions), -1)
         lengths += new_tokens
@@ -353,7 +353,7 @@ class PagedLatentCache:
         with torch.inference_mode(False):
             lengths = _enlarged(self.cache_seqlens, (table.shape[0],))
             lengths[:batch] += new_tokens
-        positions = lengths[:batch].long().unsqueeze(1) + torch.arange(-new_tokens, 0)
+        positions = lengths[:batch].long().unsqueeze(1) + torch.arange(-new_tokens, 0, device="cpu")
         slots = self._slots(table, positions)
         if copies > 1:
             columns = positions // self.block_size
@@ -710,10 +710,10 @@ class PagedLatentCache:
             if not pools or total != self.allocator.num_blocks:
                 pools = [self._new_pool(shape, total) for shape in self._row_shapes]
             columns = per_row or (self.block_table.shape[1] if total else 1)
-            table = torch.zeros(sequences, columns, dtype=torch.int32)
+            table = torch.zeros(sequences, columns, dtype=torch.int32, device="cpu")
             if per_row:
-                torch.arange(total, dtype=torch.int32, out=table.view(-1))
-            lengths = torch.zeros(sequences, dtype=torch.int32)
+                torch.arange(total, dtype=torch.int32, out=table.view(-1), device="cpu")
+            lengths = torch.zeros(sequences, dtype=torch.int32, device="cpu")
         if per_row:
             starts = range(0, total, per_row)
             blocks: list[Sequence[int]] = [range(first, first + per_row) for first in starts]
@@ -745,7 +745,7 @@ class PagedLatentCache:
         return self.block_size, row_bytes(self.kv_cache_dtype, latent, rope)
 
     def _new_pool(self, row_shape: tuple[int, int], num_blocks: int) -> Tensor:
-        return torch.empty(num_blocks, *row_shape, dtype=self._storage_dtype)
+        return torch.empty(num_blocks, *row_shape, dtype=self._storage_dtype, device="cpu")
 
     def _slots(self, table: Tensor, positions: Tensor) -> Tensor:
         """int64 [batch, n]: slots of the tokens at ``positions`` (those beyond the table: any)."""
@@ -898,7 +898,9 @@ class PagedLatentCache:
             table = _enlarged(self.block_table, (rows, columns))
             for row, first in draft.changed.items():
                 blocks = draft.blocks[row]
-                table[row, first : len(blocks)] = torch.tensor(blocks[first:], dtype=torch.int32)
+                table[row, first : len(blocks)] = torch.tensor(
+                    blocks[first:], dtype=torch.int32, device="cpu"
+                )
         return {"allocator": draft.allocator, "_blocks": draft.blocks, "block_table": table}
 
     def _with_lengths(self, rows: dict[int, int]) -> Tensor:
@@ -907,7 +909,9 @@ class PagedLatentCache:
         with torch.inference_mode(False):
             lengths = _enlarged(self.cache_seqlens, (sequences,))
             if rows:
-                lengths[list(rows)] = torch.tensor(list(rows.values()), dtype=torch.int32)
+                lengths[list(rows)] = torch.tensor(
+                    list(rows.values()), dtype=torch.int32, device="cpu"
+                )
         return lengths
 
     def _take_over(
@@ -926,7 +930,7 @@ class PagedLatentCache:
         if copies and self.max_blocks is not None:
             self._overwrite(change, copies)
             return
-        mapping = torch.tensor(copies) if copies else None
+        mapping = torch.tensor(copies, device="cpu") if copies else None
         # Memory is there; from here on it is filled. Pools one by one, so that only one is there
         # twice; one that is larger than the allocator knows of does no harm.
         for layer, pool in enumerate(draft.pools if draft is not None else ()):
@@ -943,7 +947,7 @@ class PagedLatentCache:
     def _overwrite(self, change: dict[str, Any], copies: Sequence[tuple[int, int]]) -> None:
         """Takes over a change of fixed tensors: copies go to blocks that may hold rows of today,
         which are put back if it does not come to pass."""
-        sources, targets = torch.tensor(copies).unbind(1)
+        sources, targets = torch.tensor(copies, device="cpu").unbind(1)
         pools = [pool for pool in self._pools if pool.shape[-1]]
         new = [pool[sources] for pool in pools]
         old = [pool[targets] for pool in pools]
@@ -989,7 +993,7 @@ def _stored_blocks(pool: Tensor, used: list[int], ends: dict[int, int]) -> _cach
     def pieces() -> Iterator[Tensor]:
         group = max(1, _cache_file.PIECE // (pool[0].nbytes if used else 1))
         for first in range(0, len(used), group):
-            piece = pool[torch.tensor(used[first : first + group])]
+            piece = pool[torch.tensor(used[first : first + group], device="cpu")]
             for block in ends.keys() & range(first, first + len(piece)):
                 piece[block - first, ends[block] :] = 0
             yield piece
@@ -1010,6 +1014,6 @@ def _replaced(values: list[Any], index: int, value: Any) -> list[Any]:
 
 def _enlarged(old: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Zeros of a larger shape with ``old`` in its corner."""
-    new = torch.zeros(shape, dtype=old.dtype)
+    new = torch.zeros(shape, dtype=old.dtype, device="cpu")
     new[tuple(slice(n) for n in old.shape)] = old
     return new

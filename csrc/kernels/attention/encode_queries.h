@@ -84,12 +84,13 @@ struct Magnitudes {
   }
 };
 
-// Scaled arithmetics: codes of each row, as rows `stride` apart, their scales times `factor`, and
+// Scaled arithmetics: codes of each row times `by` (1 or -1), as rows `stride` apart, their scales
+// times `factor`, and
 // where accumulators start. key_max: largest key code. kResidual: what rounding leaves of a query
 // instead.
 template <class Simd, class Arithmetic, bool kResidual>
   requires(Arithmetic::kScaled)
-void encode_queries(const QuerySegment<Simd>& q, float sign, float factor, int32_t key_max,
+void encode_queries(const QuerySegment<Simd>& q, float by, float factor, int32_t key_max,
                     std::byte* to, int64_t stride, float* scale, int32_t* start) {
   using Word = typename Simd::Word;
   using Float = typename Simd::Float;
@@ -103,7 +104,7 @@ void encode_queries(const QuerySegment<Simd>& q, float sign, float factor, int32
         m > 1e-30f ? Arithmetic::query_resolution(m, magnitudes.largest_sum[r],
                                                   q.count < per_sum ? q.count : per_sum, key_max)
                    : 0;
-    multiplier[r] = sign * resolution;
+    multiplier[r] = by * resolution;
     scale[r] = m > 1e-30f ? factor / resolution : 0.0f;
     if constexpr (kResidual) scale[r] /= Arithmetic::kResidualUnit;
     scale[r] += 0 * magnitudes.sum[r];  // NaN where a value is not finite
@@ -111,11 +112,11 @@ void encode_queries(const QuerySegment<Simd>& q, float sign, float factor, int32
 
   with_element(q.type, [&](auto element) {
     for (int32_t r = 0; r < q.rows; ++r) {
-      const auto by = Simd::set(multiplier[r]);
+      const auto codes = Simd::set(multiplier[r]);
       for_vectors<Simd, kGroup>(element, q.row[r], q.count, [&](int32_t i, Float* x) {
 #pragma GCC unroll 4
         for (int v = 0; v < kGroup; ++v) {
-          x[v] = Simd::mul(x[v], by);
+          x[v] = Simd::mul(x[v], codes);
           if constexpr (kResidual) {
             x[v] =
                 Simd::mul(Simd::sub(x[v], Simd::round(x[v])), Simd::set(Arithmetic::kResidualUnit));
@@ -136,16 +137,16 @@ void encode_queries(const QuerySegment<Simd>& q, float sign, float factor, int32
   }
 }
 
-// Other arithmetics: the values of each row.
+// Other arithmetics: the values of each row times `by`.
 template <class Simd, class Arithmetic, bool kResidual>
-void encode_queries(const QuerySegment<Simd>& q, float sign, float, int32_t, std::byte* to,
+void encode_queries(const QuerySegment<Simd>& q, float by, float, int32_t, std::byte* to,
                     int64_t stride, float*, int32_t*) {
   constexpr int kGroup = Arithmetic::kGroup;
   with_element(q.type, [&](auto element) {
     for (int32_t r = 0; r < q.rows; ++r) {
       auto store = [&](int32_t i, typename Simd::Float* x) {
 #pragma GCC unroll 2
-        for (int v = 0; v < kGroup; ++v) x[v] = Simd::mul(x[v], Simd::set(sign));
+        for (int v = 0; v < kGroup; ++v) x[v] = Simd::mul(x[v], Simd::set(by));
         Arithmetic::store_query(to + r * stride + i * Arithmetic::kBytes, x);
       };
       for_vectors<Simd, kGroup>(element, q.row[r], q.count, store);

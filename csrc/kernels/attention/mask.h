@@ -25,11 +25,11 @@ inline bool same_mask(const AttentionParams& p, const WorkItem& item, int32_t a,
 }
 
 // Sets [first, limit) of the rows of an item, within its keys. Returns whether the mask has holes
-// or values inside. With index lists the rows see every token that is gathered, and a mask always
-// applies to them one by one.
+// or values inside. With lists of positions the rows see every token that is gathered, and a mask
+// always applies to them one by one.
 inline bool find_ranges(const AttentionParams& p, const WorkItem& item, int32_t padded_rows,
-                        const Scratch& s) {
-  if (p.indices) {
+                        bool listed, const Scratch& s) {
+  if (listed) {
     for (int32_t r = 0; r < padded_rows; ++r)
       s.first[r] = item.key_begin, s.limit[r] = item.key_end;
     return p.mask_type != MaskType::kNone;
@@ -65,10 +65,10 @@ inline bool find_ranges(const AttentionParams& p, const WorkItem& item, int32_t 
   return holes;
 }
 
-// The additive tile of the `count` tokens at s.positions; rows and positions outside the ranges are
-// left to soften().
+// The additive tile of the `count` tokens at s.positions, times `factor`; rows and positions
+// outside the ranges are left to soften().
 inline void fill_bias(const AttentionParams& p, const WorkItem& item, int32_t count, int32_t tokens,
-                      int32_t padded_rows, const Scratch& s) {
+                      int32_t padded_rows, bool listed, float factor, const Scratch& s) {
   for (int32_t r = 0; r < padded_rows; ++r) {
     float* to = s.bias + r;
     if (item.row_begin + r >= item.row_end) {
@@ -85,8 +85,8 @@ inline void fill_bias(const AttentionParams& p, const WorkItem& item, int32_t co
     }
     for (int32_t t = 0; t < tokens; ++t) {
       const int32_t position = t < count ? s.positions[t] : -1;
-      const bool in = p.indices ? t < count : position >= s.first[r] && position < s.limit[r];
-      to[static_cast<int64_t>(t) * padded_rows] = in ? mask[position] : 0;
+      const bool in = listed ? t < count : position >= s.first[r] && position < s.limit[r];
+      to[static_cast<int64_t>(t) * padded_rows] = in ? mask[position] * factor : 0;
     }
   }
 }

@@ -21,9 +21,9 @@ namespace {
 // tolerance.
 class QueryRounding {
  public:
-  QueryRounding(const PackedQueries& query, int32_t rows, const RowLayout& layout) {
+  QueryRounding(const PackedQueries& query, int32_t rows, float unit, const RowLayout& layout) {
     constexpr float kKeyRms = 40, kTolerance = 0.05f;  // log2 units
-    const float per_value = kKeyRms * kKeyRms / 12 / (kTolerance * kTolerance);
+    const float per_value = kKeyRms * kKeyRms / 12 / (kTolerance * kTolerance * unit * unit);
     for (int seg = 0; seg < 2; ++seg) {
       float most = 0;
       for (int32_t r = 0; r < rows; ++r)

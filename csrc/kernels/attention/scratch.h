@@ -25,6 +25,7 @@ struct PackedQueries {
 };
 
 struct Scratch {
+  float unit;  // scores, and all that is compared with them, are log2 of weights times this
   PackedQueries query;
   PackedQueries residual;  // what rounding left of them (refine.h)
   std::byte* query_rows;   // [kLanes] rows of the arithmetic, before packing

@@ -34,8 +34,11 @@ void load_value_scales(const Tile& tile, int32_t page, const Scratch& s) {
   for (int32_t t = begin; t < end; t += Simd::kLanes) {
     // A row of zeros has scale 0 but counts in the sum: any tiny scale does, as its codes are 0.
     const auto scale = Simd::max(Simd::set(1e-30f), Simd::load(s.value_log2 + t));
-    Simd::store(s.value_inverse + t, Simd::div(Simd::set(1.0f), scale));
-    Simd::store(s.value_log2 + t, log2<Simd>(scale));
+    // A scale that is not finite makes the scores of its token NaN. Its inverse is 0 all the same:
+    // the weight 0 of rows that do not see the token is multiplied by it.
+    const auto nan = Simd::sub(scale, scale);
+    Simd::store(s.value_inverse + t, Simd::max(Simd::div(Simd::set(1.0f), scale), Simd::zero()));
+    Simd::store(s.value_log2 + t, Simd::add(Simd::mul(log2<Simd>(scale), Simd::set(s.unit)), nan));
   }
 }
 

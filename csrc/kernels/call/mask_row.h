@@ -9,14 +9,11 @@
 namespace flashmla {
 namespace {
 
-constexpr float kLog2e = 1.44269504088896341f;
-
 struct MaskRow {
   MaskType type;
   const std::byte* data;
 
-  // Additive value at a column, in log2 units; -inf at and below the lowest finite value of the
-  // mask's type.
+  // Additive value at a column; -inf at and below the lowest finite value of the mask's type.
   float operator[](int32_t column) const {
     constexpr float kNone = -__builtin_inff();
     switch (type) {
@@ -27,15 +24,15 @@ struct MaskRow {
       case MaskType::kF32: {
         float x;
         __builtin_memcpy(&x, data + 4 * static_cast<int64_t>(column), 4);
-        return x <= -3.4028234e38f ? kNone : x * kLog2e;
+        return x <= -3.4028234e38f ? kNone : x;
       }
       case MaskType::kBf16: {
         const float x = bf16_to_float(half_at(column));
-        return x <= -3.3895313e38f ? kNone : x * kLog2e;
+        return x <= -3.3895313e38f ? kNone : x;
       }
       case MaskType::kF16: {
         const float x = f16_to_float(half_at(column));
-        return x <= -65504.0f ? kNone : x * kLog2e;
+        return x <= -65504.0f ? kNone : x;
       }
     }
     return 0;

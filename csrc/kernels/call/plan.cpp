@@ -25,7 +25,8 @@ int32_t tiles_of(const KeyRange& keys, int32_t tile) {
 
 // Key position where tile `index` of a block begins (or its end).
 int32_t tile_edge(const KeyRange& keys, int32_t tile, int32_t index) {
-  return std::clamp((keys.begin / tile + index) * tile, keys.begin, keys.end);
+  return static_cast<int32_t>(
+      std::clamp<int64_t>((int64_t{keys.begin} / tile + index) * tile, keys.begin, keys.end));
 }
 
 // Appends the items of a block cut at the given tile indices; items stay in order.
@@ -69,20 +70,37 @@ void for_each_block(const AttentionParams& p, BlockShape shape, Visit visit) {
 int64_t tile_cost(const Block& b) { return (b.row_end - b.row_begin + 15) / 16 + 1; }
 int64_t block_overhead(const Block& b) { return tile_cost(b); }
 
+// Pieces of a block depend on its keys alone. Which worker runs them changes no bit of them, nor
+// when they are merged: a call of many blocks leaves whole blocks to its workers, so that partial
+// results take no more memory than those of one block each.
 void plan_deterministic(const AttentionParams& p, BlockShape shape, int32_t workers, Plan& plan) {
+  constexpr int64_t kBlocksPerWorker = 8;
+  auto splits_of = [](const Block& b) {
+    return std::clamp((b.keys.end - b.keys.begin) / 1024, 1, 16);
+  };
+  int64_t blocks = 0, total = 0;
+  for_each_block(p, shape, [&](const Block& b) { ++blocks, total += splits_of(b); });
+  plan.own_partials = blocks >= kBlocksPerWorker * workers;
   Emitter emit(plan, shape.tile);
-  int64_t total = 0;
+  int32_t worker = 1, most = 0;
+  int64_t done = 0;
+  auto begin_workers = [&] {  // those whose part begins here
+    for (; worker < workers && total * worker / workers <= done; ++worker)
+      plan.worker_begin.push_back(static_cast<int32_t>(plan.items.size()));
+  };
   for_each_block(p, shape, [&](const Block& b) {
-    const int32_t tiles = tiles_of(b.keys, shape.tile);
-    const int32_t splits = std::clamp((b.keys.end - b.keys.begin) / 1024, 1, 16);
-    for (int32_t i = 0; i < splits; ++i) {
+    const int32_t tiles = tiles_of(b.keys, shape.tile), splits = splits_of(b);
+    for (int32_t i = 0; i < splits; ++i, ++done) {
+      if (i == 0 || !plan.own_partials) begin_workers();
       emit.piece(b, tiles * i / splits, tiles * (i + 1) / splits, splits == 1);
     }
-    total += splits;
+    if (!plan.own_partials) return;
+    most = std::max(most, plan.partials);
+    plan.partials = 0;
+    plan.merges.clear();
   });
-  // Which worker runs an item changes no bit of it.
-  for (int32_t w = 1; w < workers; ++w)
-    plan.worker_begin.push_back(static_cast<int32_t>(total * w / workers));
+  if (plan.own_partials) plan.partials = most;
+  begin_workers();
 }
 
 void plan_balanced(const AttentionParams& p, BlockShape shape, int32_t workers, Plan& plan) {
@@ -150,6 +168,7 @@ void make_plan(const AttentionParams& p, BlockShape shape, int32_t workers, Plan
   plan.worker_begin.assign(1, 0);
   plan.merges.clear();
   plan.partials = 0;
+  plan.own_partials = false;
   if (p.deterministic) {
     plan_deterministic(p, shape, workers, plan);
   } else {

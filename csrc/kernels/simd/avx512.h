@@ -94,8 +94,8 @@ struct Avx512 {
     return _mm512_mask_blend_ps(is, b, a);
   }
 
-  // p * 2^n for integral n in [kExp2Floor, 127); exactly 0 at the floor.
-  static constexpr float kExp2Floor = -160.0f;
+  // Half of the smallest subnormal is 2^-150: the floor gives exactly 0 for every p < 2^42.
+  static constexpr float kExp2Floor = -192.0f;
   static Float scale_by_exp2(Float p, Float n) { return _mm512_scalef_ps(p, n); }
 
   // Dot products of a 32-bit group per lane.
@@ -144,6 +144,20 @@ struct Avx512 {
     v[1] = _mm512_shuffle_f32x4(a, c, 0xdd);
     v[2] = _mm512_shuffle_f32x4(b, d, 0x88);
     v[3] = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+
+  // Lane i: the sum of the lanes of x[i].
+  static Float sum_lanes(const Float x[16]) {
+    Float quads[4];  // [i]: rows 4 i to 4 i + 3 within each quarter
+    for (int i = 0; i < 4; ++i, x += 4) {
+      const Word a = as_word(add(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1])));
+      const Word b = as_word(add(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3])));
+      quads[i] = add(as_float(_mm512_unpacklo_epi64(a, b)), as_float(_mm512_unpackhi_epi64(a, b)));
+    }
+    auto halve = [](Float a, Float b) {
+      return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    };
+    return halve(halve(quads[0], quads[1]), halve(quads[2], quads[3]));
   }
 
   // kLanes x kLanes words, in place.
