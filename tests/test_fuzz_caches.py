@@ -14,7 +14,7 @@ from torch_flash_mla import PagedLatentCache
 
 @pytest.mark.parametrize("seed", range(3))
 def test_state_machines(seed: int) -> None:
-    """``fuzz.caches.run(seed, 12000)`` is the same at length."""
+    """``python -m tests.fuzz SEED 12000 --kind caches`` is the same at length."""
     summary = caches.run(seed, 500)
     assert not summary.wrong
     assert summary.failed > 150

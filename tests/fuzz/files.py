@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from torch_flash_mla import MLACache, PagedLatentCache, ops
+from torch_flash_mla.integrations.transformers.cache import cache_layer_of
 
 SLOWEST = 1.0  # seconds of the processor that a load may take
 LARGEST = 200e6  # bytes of memory that it may take
@@ -104,7 +105,10 @@ def saved_files(folder: Path) -> list[Saved]:
         cache = MLACache(model.config, max_cache_len=fixed, block_size=4)
         for layer in (0, 1, 3):
             keys = torch.randn(2, 1, 7, 6)
-            cache.update(keys[..., :4], keys[..., 4:], layer)
+            carrier, _ = cache.update(keys[..., :4], keys[..., 4:], layer)
+            pages = cache_layer_of(carrier)
+            if pages is not None:
+                pages.take()  # as an attention that reads them does
         cache.update_indexer(torch.randn(2, 7, 3), 3)
         cache.update_conv_state(torch.randn(2, 3, 4), 2, conv_kernel_size=4)
         cache.update_recurrent_state(torch.randn(2, 3, 3), 2)
