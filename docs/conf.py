@@ -1,6 +1,6 @@
 """Sphinx: the pages of this folder, and the reference from the package's docstrings.
 
-    make docs          # build/docs/index.html; warnings are errors
+make docs          # build/docs/index.html; warnings are errors
 """
 
 import re

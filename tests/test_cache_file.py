@@ -195,6 +195,14 @@ class TestPages:
         PagedLatentCache(3, None, None).save(tmp_path / "cache")
         loaded = PagedLatentCache.load(tmp_path / "cache")
         assert (loaded.batch, loaded.num_layers, loaded.latent_dims) == (0, 3, [0, 0, 0])
+        for mmap in (True, False):
+            for limit in ({}, {"max_cache_len": 20}):
+                PagedLatentCache(2, 64, 32, block_size=8, max_batch=2, **limit).save(
+                    tmp_path / "cache"
+                )
+                loaded = PagedLatentCache.load(tmp_path / "cache", mmap=mmap)
+                assert (loaded.batch, loaded.latent_dims) == (0, [64, 64])
+                self.extend(loaded, 9, 2)
 
     def test_files_that_are_refused(self, tmp_path: Path) -> None:
         path = tmp_path / "cache"
@@ -318,21 +326,32 @@ class TestPages:
         with pytest.raises(ValueError, match=r"pool.1: got .* \[5, 8, 96\], expected .* \[6, 8"):
             PagedLatentCache.load(path, mmap=mmap, verify=False)
 
-    def test_swapped_and_overlapping_tensors(self, tmp_path: Path) -> None:
+    def test_tensors_that_are_elsewhere(self, tmp_path: Path) -> None:
+        """Swapped, overlapping, misaligned, of another shape or dtype in one of the two headers."""
         path = tmp_path / "cache"
         self.filled().save(path)
         header, document, tensors = parts(path.read_bytes())
         first, second = header["pool.0"]["data_offsets"], header["pool.1"]["data_offsets"]
-        for offsets in ([second, first], [second, second]):
-            header["pool.0"]["data_offsets"], header["pool.1"]["data_offsets"] = offsets
-            path.write_bytes(joined(header, document, tensors))
-            with pytest.raises(ValueError, match=r"pool\.0 does not match its checksum"):
-                PagedLatentCache.load(path)
-        for offsets in ([first[0], first[1] + 1], [-2, first[1]], [first[1], first[0]], [1], None):
-            header["pool.0"]["data_offsets"] = offsets
-            path.write_bytes(joined(header, document, tensors))
+        for entry in (
+            {"data_offsets": second},
+            {"data_offsets": [first[0] + 1, first[1] + 1]},
+            {"data_offsets": [-2, first[1]]},
+            {"data_offsets": [first[1], first[0]]},
+            {"data_offsets": [first[0]]},
+            {"data_offsets": None},
+            {"dtype": "F16"},
+            {"shape": [8, 6, 96]},
+            {"shape": [6 * 8 * 96]},
+        ):
+            changed = {**header, "pool.0": header["pool.0"] | entry}
+            path.write_bytes(joined(changed, document, tensors))
+            with pytest.raises(ValueError, match=r"pool\.0: got .*, expected .*data_offsets"):
+                PagedLatentCache.load(path, verify=False)
+        for description in (["BF16", [6, 8, 96]], None, [None] * 3, ["X", [6, 8, 96], "0" * 8]):
+            changed = document | {"tensors": document["tensors"] | {"pool.0": description}}
+            path.write_bytes(joined(header, changed, tensors))
             with pytest.raises(ValueError, match="damaged cache file"):
-                PagedLatentCache.load(path)
+                PagedLatentCache.load(path, verify=False)
 
     @pytest.mark.parametrize("mmap", [True, False], ids=["mapped", "read"])
     def test_a_flipped_bit_is_refused_by_name(self, tmp_path: Path, mmap: bool) -> None:
@@ -646,6 +665,128 @@ class TestModels:
             with torch.no_grad():
                 other.get_parameter(f"model.{name}").mul_(1.01)
             refused(other, "other weights")
+
+    @pytest.mark.parametrize(
+        ("attribute", "value"),
+        [
+            ("update", {"dtype": "save"}),  # a method, and what torch has under that name
+            ("get_seq_length", {"dtype": "seed"}),
+            ("__class__", 1),
+            ("pages", None),
+            ("index", 1),
+            ("_nan", {"tensor": "pool.0"}),
+            ("keys", {"tensor": "pool.0"}),
+            ("indexer_keys", {"tensor": "pool.0"}),
+            ("max_cache_len", 8),
+            ("dtype", {"dtype": "seed"}),
+            ("dtype", {"dtype": "int8"}),
+            ("dtype", {"dtype": ["float32"]}),
+            ("dtype", "float32"),
+            ("device", {"device": "meta"}),
+            ("device", {"device": "cpu", "dtype": "float32"}),
+            ("is_initialized", 1),
+            ("is_initialized", None),
+            ("cumulative_length", -1),
+            ("cumulative_length", 2**40),
+            ("cumulative_length", 1.0),
+            ("batch_size", 7),
+            ("batch_size", True),
+            ("conv_states", {"dict": [[0, None]]}),
+            ("history", 3),
+            (3, 3),
+        ],
+    )
+    def test_attributes_that_no_file_sets(
+        self, model: PreTrainedModel, tmp_path: Path, attribute: Any, value: Any
+    ) -> None:
+        path = tmp_path / "prompt.mla"
+        filled(model, tokens(9)).save(path, model)
+        header, document, stored = parts(path.read_bytes())
+        state = document["states"][0]["values"]["dict"]
+        state[:] = [pair for pair in state if pair[0] != attribute] + [[attribute, value]]
+        path.write_bytes(joined(header, document, stored))
+        seed = torch.initial_seed()
+        with pytest.raises(ValueError, match=rf"layer\.0\.{attribute}: ") as error:
+            MLACache.load(path, model)
+        assert str(error.value).startswith(f"{path}: damaged cache file")
+        assert torch.initial_seed() == seed
+
+    def test_states_that_do_not_fit_the_layer(self, tmp_path: Path) -> None:
+        """Of layers that stayed stock: other classes, states, sizes, and tensors of others."""
+        if "kimi_linear" not in FAMILIES:
+            pytest.skip("no such model in this transformers")
+        model, path = small_model("kimi_linear"), tmp_path / "prompt.mla"
+        patch(model)
+        filled(model, tokens(9, batch=2)).save(path, model)
+        header, document, stored = parts(path.read_bytes())
+        linear = [x["class"] for x in document["states"]].index("LinearAttentionLayer")
+        name = f"layer.{linear}.conv_states.0"
+        text = json.dumps(document["states"])
+        own, other = json.dumps({"tensor": name}), json.dumps({"tensor": "pool.0"})
+        for former, new, message in (
+            (own, other, "not a value that a file may set"),
+            (f"[[0, {own}]]", f"[[1, {own}]]", r"expected the states \[0\]"),
+            (f"[[0, {own}]]", f"[[0, {own}], [1, {own}]]", r"expected the states \[0\]"),
+            (f"[[0, {own}]]", "[]", r"expected the states \[0\]"),
+            (f'{{"dict": [[0, {own}]]}}', own, "not a value that a file may set"),
+            ('"class": "LinearAttentionLayer"', '"class": "DynamicLayer"', "class: got 'Dyn"),
+        ):
+            assert former in text
+            changed = document | {"states": json.loads(text.replace(former, new))}
+            path.write_bytes(joined(header, changed, stored))
+            with pytest.raises(ValueError, match=message):
+                MLACache.load(path, model)
+        shape = header[name]["shape"]
+        header[name]["shape"] = document["tensors"][name][1] = [1, 2 * shape[1], *shape[2:]]
+        path.write_bytes(joined(header, document, stored))
+        with pytest.raises(ValueError, match=rf"{name}: got shape .*expected 2 sequences"):
+            MLACache.load(path, model)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"layers": [0]}, "pools of 2 of 1 layers"),
+            ({"layers": [0, 7]}, r"layers\[1\]: got 7"),
+            ({"layers": None}, "layers: got None"),
+            ({"states": []}, "states: of 0 of 2 layers"),
+            ({"states": [None, None]}, "layer.0: got None"),
+            ({"shared_prefix": [3, 4]}, "shared_prefix: 3 copies in a batch of 2"),
+            ({"shared_prefix": [0, 4]}, "shared_prefix: 0 copies"),
+            ({"shared_prefix": [1.0, 4]}, r"shared_prefix\[0\]: got 1.0"),
+            ({"shared_prefix": 3}, "shared_prefix: got 3"),
+            ({"pages": None}, "pages: got None"),
+            ({"pages": {}}, "dtype: missing"),
+            ({"model": None}, "model: got None"),
+            ({"model": {}}, "KeyError: 'class'"),
+        ],
+        ids=lambda x: next(iter(x.items()))[0] if isinstance(x, dict) else "",
+    )
+    def test_headers_that_are_refused(
+        self, model: PreTrainedModel, tmp_path: Path, changes: dict[str, Any], message: str
+    ) -> None:
+        path = tmp_path / "prompt.mla"
+        filled(model, tokens(9, batch=2)).save(path, model)
+        changed(path, **changes)
+        with pytest.raises(ValueError, match=message) as error:
+            MLACache.load(path, model)
+        assert str(error.value).startswith(str(path))
+
+    def test_a_flipped_bit_is_refused_by_name(self, tmp_path: Path) -> None:
+        """In layers that stayed stock too."""
+        model, path = small_model(FAMILIES[1]), tmp_path / "prompt.mla"
+        patch(model)
+        filled(model, tokens(9, batch=2)).save(path, model)
+        whole = path.read_bytes()
+        header, _, stored = parts(whole)
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            data = bytearray(whole)
+            data[len(whole) - len(stored) + entry["data_offsets"][0]] ^= 1
+            path.write_bytes(data)
+            for mmap in (False, True):
+                with pytest.raises(ValueError, match=f"{name} does not match its checksum"):
+                    MLACache.load(path, model, mmap=mmap)
 
     def test_adapters_count(self, model: PreTrainedModel) -> None:
         peft = pytest.importorskip("peft")

@@ -14,7 +14,7 @@ from torch_flash_mla import PagedLatentCache
 
 @pytest.mark.parametrize("seed", range(3))
 def test_state_machines(seed: int) -> None:
-    """``fuzz.caches.run(seed, 12000)`` is the same at length."""
+    """``python -m tests.fuzz SEED 12000 --kind caches`` is the same at length."""
     summary = caches.run(seed, 500)
     assert not summary.wrong
     assert summary.failed > 150
@@ -27,6 +27,7 @@ CHANGES: dict[str, Callable[[PagedLatentCache], Any]] = {
     "reserve copies": lambda cache: cache.reserve(2, 9, 2),
     "truncate": lambda cache: cache.truncate([1, 3]),
     "reorder": lambda cache: cache.reorder([1, 1, 0, 1]),
+    "take the place of another": lambda cache: cache.reorder([1, 1]),
     "swap": lambda cache: cache.reorder([1, 0]),
     "select": lambda cache: cache.reorder([1]),
     "fork": lambda cache: cache.fork(2),
@@ -39,12 +40,22 @@ CHANGES: dict[str, Callable[[PagedLatentCache], Any]] = {
 
 @pytest.mark.parametrize("kind", [caches.OutOfMemory, caches.Interrupt])
 @pytest.mark.parametrize("shared", [False, True], ids=["apart", "shared"])
-@pytest.mark.parametrize("fixed", [False, True], ids=["growing", "fixed"])
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    ("room", "change"),
+    [
+        *((room, change) for room in ("growing", "fixed") for change in CHANGES),
+        *(("full", change) for change in ("truncate", "take the place of another", "swap", "free")),
+    ],
+)
 def test_every_failure_of_a_change(
-    change: str, fixed: bool, shared: bool, kind: type[caches.Injected]
+    change: str, room: str, shared: bool, kind: type[caches.Injected]
 ) -> None:
-    limit = {"max_batch": 4, "max_cache_len": 16} if fixed else {}
+    limit = {
+        "growing": {},
+        "fixed": {"max_batch": 4, "max_cache_len": 16},
+        # No block without rows: copies go to blocks that are in use.
+        "full": {"max_batch": 2, "max_cache_len": 8 if shared else 6},
+    }[room]
     n = 0
     while True:
         n += 1

@@ -204,6 +204,25 @@ class TestFork:
         actual = generate(model, ids, past_key_values=filled(model, ids[:, :20]), **arguments)
         assert torch.equal(actual, generate(stock, ids, **arguments))
 
+    @pytest.mark.parametrize("fixed", [False, True], ids=["growing", "fixed"])
+    def test_a_pass_that_failed(
+        self, stock: PreTrainedModel, model: PreTrainedModel, fixed: bool
+    ) -> None:
+        """Its tokens are forgotten by crop, and it can be made again."""
+        ids = tokens(30, batch=2)
+        cache = filled(model, ids[:, :21], max_cache_len=64 if fixed else None, block_size=8)
+
+        def fail(*args: Any) -> None:
+            raise RuntimeError("no memory")
+
+        for layer in range(2):
+            hook = model.model.layers[layer].mlp.register_forward_hook(fail)
+            with pytest.raises(RuntimeError, match="no memory"):
+                run(model, ids[:, 21:], cache)
+            hook.remove()
+            cache.crop(21 - int(cache.get_seq_length()))
+        assert_same_logits(run(model, ids[:, 21:], cache), run(stock, ids, None))
+
     def test_refusals(self, model: PreTrainedModel) -> None:
         cache = MLACache(model.config)
         with pytest.raises(ValueError, match="fork of an empty cache"):

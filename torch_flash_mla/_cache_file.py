@@ -38,8 +38,8 @@ _DOCUMENT = "torch_flash_mla"
 _CHECKSUM = "torch_flash_mla.crc32"  # of the document
 _ALIGNMENT = 64  # of the first tensor in the file
 _LONGEST_HEADER = 100_000_000  # as in safetensors itself
-_LONGEST = 2**48  # of a dimension
 _MOST_DIMENSIONS = 8
+_LONGEST = 2**48  # of a dimension
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -290,7 +290,7 @@ def _refuse_constant(text: str) -> None:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor is in the file, after document and safetensors header have agreed on it."""
+    """What a tensor is, and where in the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -302,26 +302,26 @@ class _Place:
 def _located(
     described: Mapping[str, Any], entries: Mapping[str, Any], size: int
 ) -> dict[str, _Place]:
-    """The tensors of a file that has ``size`` bytes of them."""
+    """The tensors of a file that has ``size`` bytes of them: as the document describes them, one
+    behind the other, if the header of safetensors says the same."""
     if described.keys() != entries.keys():
         odd = sorted(described.keys() ^ entries.keys())
         raise ValueError(f"tensors: {', '.join(map(repr, odd[:3]))} is not in both headers")
-    places, last = {}, 0
-    for name, description in described.items():
-        *described_as, checksum = description
-        entry = Fields(entries[name], name)
-        begin, end = entry.integers("data_offsets", 0, size)
-        dtype, shape = entry.choice("dtype", _DTYPES), entry.integers("shape", 0, _LONGEST)
-        if [dtype, shape] != described_as or len(shape) > _MOST_DIMENSIONS:
-            raise ValueError(f"{name}: {dtype} {shape}, but {_short(described_as)} was saved")
-        place = _Place(_DTYPES[dtype], tuple(shape), begin, end - begin, checksum)
-        if math.prod(shape) * place.dtype.itemsize != place.nbytes:
-            raise ValueError(f"{name}: {place.nbytes} bytes for {dtype} {shape}")
-        if begin % place.dtype.itemsize:
-            raise ValueError(f"{name}: begins at byte {begin}, not aligned for {dtype}")
-        places[name], last = place, max(last, end)
-    if last != size:
-        raise ValueError(f"{size} bytes of tensors, expected {last}")
+    places, begin = {}, 0
+    for name in described:
+        dtype_name, lengths, checksum = Fields(described).sequence(name)
+        shape = _stored_integers(name, lengths, 0, _LONGEST)
+        if dtype_name not in _DTYPES or len(shape) > _MOST_DIMENSIONS:
+            raise ValueError(f"{name}: got {dtype_name!r} of {len(shape)} dimensions")
+        dtype = _DTYPES[dtype_name]
+        place = _Place(dtype, tuple(shape), begin, math.prod(shape) * dtype.itemsize, checksum)
+        offsets = [begin, begin + place.nbytes]
+        expected = {"dtype": dtype_name, "shape": shape, "data_offsets": offsets}
+        if entries[name] != expected or begin % dtype.itemsize:
+            raise ValueError(f"{name}: got {_short(entries[name])}, expected {expected}")
+        places[name], begin = place, offsets[1]
+    if begin != size:
+        raise ValueError(f"{size} bytes of tensors, expected {begin}")
     return places
 
 

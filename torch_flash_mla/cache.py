@@ -404,11 +404,13 @@ class PagedLatentCache:
         """Takes back what the block has reserved if it raises. (Rows that it has appended remain in
         blocks that are free then.)"""
         before = vars(self).copy()
-        lengths = self.cache_seqlens.clone()
+        fixed = self.max_blocks is not None  # these count in place
+        lengths = self.cache_seqlens.clone() if fixed else self.cache_seqlens
         try:
             yield
         except BaseException:
-            before["cache_seqlens"].copy_(lengths)  # fixed tensors count in place
+            if fixed:
+                before["cache_seqlens"].copy_(lengths)
             vars(self).update(before)
             raise
 
@@ -620,7 +622,7 @@ class PagedLatentCache:
 
         # A layer that nobody has defined has neither dims nor a pool.
         defined = [i for i, latent in enumerate(latent_dims) if latent]
-        if any(rope_dims[i] for i in set(range(len(rope_dims))).difference(defined)):
+        if any(rope and not latent for latent, rope in zip(latent_dims, rope_dims, strict=True)):
             raise ValueError("rope_dims: of a layer without latent_dims")
         plain = cls(
             len(latent_dims),
@@ -677,12 +679,11 @@ class PagedLatentCache:
         draft = _Draft(self)
         draft.allocator = BlockAllocator(total)
         stored = draft.allocator.allocate(num_blocks)  # 0 .. num_blocks - 1, the low ones first
-        for row in range(self.max_batch):
+        for row in range(len(table) if self.max_blocks is None else self.max_batch):
             blocks = table[row] if row < len(table) else []
             draft.allocator.share(blocks)
             reserved = (self.max_blocks or len(blocks)) - len(blocks)
-            if blocks or reserved:
-                draft.set_row(row, blocks + draft.allocator.allocate(reserved))
+            draft.set_row(row, blocks + draft.allocator.allocate(reserved))
         draft.allocator.release(stored)
         change = self._drawn(draft)
         change["cache_seqlens"] = self._with_lengths(dict(enumerate(lengths)))
@@ -944,7 +945,8 @@ class PagedLatentCache:
         vars(self).update(change)  # at once, for signals and other threads too
 
     def _overwrite(self, change: dict[str, Any], copies: Sequence[tuple[int, int]]) -> None:
-        """Takes over a change of fixed tensors: copies go to blocks that may hold rows of today."""
+        """Takes over a change of fixed tensors: copies go to blocks that may hold rows of today,
+        which are put back if it does not come to pass."""
         sources, targets = torch.tensor(copies, device="cpu").unbind(1)
         pools = [pool for pool in self._pools if pool.shape[-1]]
         new = [pool[sources] for pool in pools]

@@ -122,7 +122,7 @@ class Machine:
         kind = self.draw.choice([OutOfMemory, OutOfMemory, Interrupt])
         before = self.remembered()
         try:
-            with _Failure(kind, self.draw.choice([1, 2, 3, 4, 6, 8, 11, 15, 20])):
+            with _Failure(kind, int(self.draw.triangular(1, 30, 1))):
                 function()
         except Injected:
             self.summary.failed += 1
@@ -218,13 +218,14 @@ class PagedMachine(Machine):
     """PagedLatentCache."""
 
     DIMS = ((4, 2), (3, 0))
-    MOST = 24  # tokens and sequences of fixed tensors
+    MOST = (7, 24)  # tokens and sequences of fixed tensors
     BATCH = 6
 
     def __init__(self, draw: random.Random, folder: str, fixed: bool) -> None:
         super().__init__(draw, folder)
         self.fixed = fixed
-        limit = {"max_batch": self.BATCH, "max_cache_len": self.MOST} if fixed else {}
+        most = draw.choice(self.MOST)
+        limit = {"max_batch": self.BATCH, "max_cache_len": most} if fixed else {}
         latent, rope = zip(*self.DIMS, strict=True)
         self.cache = PagedLatentCache(
             len(self.DIMS),

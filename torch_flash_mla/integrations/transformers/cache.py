@@ -230,11 +230,12 @@ class LatentPages(Pages, CacheLayerMixin):
                 "model that stays stock needs a cache of transformers. (If a call was interrupted, "
                 "reset() the cache.)"
             )
-        if self.pages.leader is None:
-            self.pages.leader = self.index
-        compiling = torch.compiler.is_compiling()
-        guarded = (self.is_leader or not self.is_initialized) and not compiling
+        first = self.pages.leader is None
+        begins = first or self.is_leader or not self.is_initialized
+        guarded = begins and not torch.compiler.is_compiling()
         with self._unchanged_on_error() if guarded else contextlib.nullcontext():
+            if first:
+                self.pages.leader = self.index
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
             paged = self._paged
@@ -485,8 +486,9 @@ class MLACache(Cache):
                 f"n: got {n} for a batch of {paged.batch}, but the cache of fixed size was made "
                 f"for {paged.max_batch} sequences: MLACache(..., max_batch={paged.batch * n})"
             )
+        prefix = n, int(self.get_seq_length())
         self.reorder_cache(torch.arange(batch, device="cpu").repeat_interleave(n))
-        self._shared_prefix = n, int(self.get_seq_length())
+        self._shared_prefix = prefix
 
     def share_prompt(self, copies: int, tokens: int) -> None:
         """Announces that the rows of the next forward passes come as ``copies`` equal ones in a

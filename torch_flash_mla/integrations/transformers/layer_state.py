@@ -161,8 +161,10 @@ class _Decoder:
     def value(self, attribute: str, value: Any, name: str) -> Any:
         if value == {"tensor": name} and attribute in _TENSORS:
             return self.tensor(attribute, name)
-        if isinstance(value, dict) and list(value) == ["dtype"] and attribute in _DTYPES:
-            return _ELEMENT_TYPES[Fields(value, name).choice("dtype", _ELEMENT_TYPES)]
+        if isinstance(value, dict) and attribute in _DTYPES:
+            for dtype_name, dtype in _ELEMENT_TYPES.items():
+                if value == {"dtype": dtype_name}:
+                    return dtype
         if value == {"device": "cpu"} and attribute in _DEVICES:
             return torch.device("cpu")
         if type(value) is bool and attribute in _FLAGS:
