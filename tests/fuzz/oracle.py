@@ -98,10 +98,8 @@ def decode(rows: Array, name: str, latent: int, rope: int) -> tuple[Array, Array
         return (values * s[:, :, None]).reshape(n, width), peak
 
 
-def sequence_rows(
-    a: Arguments, b: int, n: int, latent: int, rope: int
-) -> tuple[Array, Array | None]:
-    """float64 [n, L + R], and the peaks of packed rows."""
+def _cells(a: Arguments, b: int, n: int) -> list[Tensor]:
+    """The cells of a sequence as they are stored, one part per cache."""
     parts = []
     for cache in (a["kv_cache"], a.get("k_pe_cache")):
         if cache is None:
@@ -114,6 +112,14 @@ def sequence_rows(
             position = torch.arange(n)
             block = a["block_table"][b].long()[position // cache.shape[1]]
             parts.append(cache[block, position % cache.shape[1]])
+    return parts
+
+
+def sequence_rows(
+    a: Arguments, b: int, n: int, latent: int, rope: int
+) -> tuple[Array, Array | None]:
+    """float64 [n, L + R], and the peaks of packed rows."""
+    parts = _cells(a, b, n)
     name = a.get("kv_cache_dtype", "auto")
     if name in PACKED_FORMATS:
         values, peak = decode(parts[0].numpy(), name, latent, rope)
@@ -503,9 +509,61 @@ def _rounded_values(p: Array, norm: Array, peak: Array, latent: int, how: Precis
     usable = np.maximum(step, 1e-30)
     part = np.where(p > 0, 0.5 / top * largest[:, :, None] / usable, 0)
     bound = 1.1 * _independent(part, norm)
-    if how.cache_format != "q8_kv":
-        bound += _independent(p * np.ones(1), step * math.sqrt(latent / 12) * 1.5)
+    if how.cache_format != "q8_kv":  # of equal values, equal errors
+        bound += 1.5 * math.sqrt(latent / 12) * (p @ step)
     return bound
+
+
+def differentiable(a: Arguments) -> tuple[Tensor, Tensor]:
+    """Results of one call through autograd, from tensors of float64 (packed caches aside)."""
+    q, q_pe, w, sink = (a.get(n) for n in ("q", "q_pe", "w_kv_b", "attn_sink"))
+    ragged = a.get("cu_seqlens_q") is not None
+    main = a["head_dim_v"] if w is None else w.shape[1] - a["head_dim_v"]
+    latent = a["head_dim_v"] if w is None else w.shape[2]
+    q = q.double() if q_pe is None else torch.cat([q, q_pe], dim=-1).double()
+    rope = q.shape[-1] - main
+    if w is not None:
+        w = w.double()
+        projected = torch.einsum("...hp,hpl->...hl", q[..., :main], w[:, :main])
+        q = torch.cat([projected, q[..., main:]], dim=-1)
+    outs, lses = [], []
+    for b, tokens in enumerate(query_tokens(a)):
+        mine = q[tokens] if ragged else q[b]
+        n = int(a["cache_seqlens"][b])
+        if a["kv_cache"].is_floating_point():
+            keys = torch.cat(_cells(a, b, n), dim=-1)
+        else:
+            keys = torch.from_numpy(sequence_rows(a, b, n, latent, rope)[0])
+        seen = sight(a, b, n, tokens)
+        sees = torch.from_numpy(np.broadcast_to(seen.sees, (*mine.shape[:2], n)).copy())
+        keys = keys.double().masked_fill(~sees.any(0).any(0)[:, None], 0)
+        logits = a["softmax_scale"] * (mine @ keys.T)
+        if seen.bias is not None:
+            logits = logits + torch.from_numpy(seen.bias)
+        if seen.count is not None:
+            logits = logits + torch.from_numpy(np.log(np.maximum(seen.count, 1)))
+        empty = ~sees.any(-1)
+        logits = logits.masked_fill(~sees, -1e300)
+        most = torch.nn.functional.pad(logits, (0, 1), value=-1e300).amax(-1).detach()
+        most = most.masked_fill(empty, 0)
+        if sink is not None:
+            most = torch.maximum(most, sink.detach().double())
+        p = (logits - most[..., None]).exp().masked_fill(~sees, 0)
+        total = p.sum(-1)
+        # A sum too small beside a large sink would have no logarithm.
+        lse = torch.logsumexp(logits, dim=-1) if n else most
+        lse = lse.masked_fill(empty, -torch.inf)
+        if sink is not None:
+            total = total + (sink.double() - most).exp()
+        out = (p @ keys[:, :latent]) / total.masked_fill(empty, 1)[..., None]
+        outs.append(out.masked_fill(empty[..., None], 0))
+        lses.append(lse.T)
+    if not outs:
+        return q.new_zeros(*a["q"].shape[:-1], a["head_dim_v"]), q.new_zeros(0)
+    out = torch.cat(outs) if ragged else torch.stack(outs)
+    if w is not None:
+        out = torch.einsum("...hl,hvl->...hv", out, w[:, main:])
+    return out, torch.cat(lses, dim=-1) if ragged else torch.stack(lses)
 
 
 def check_attention(a: Arguments, out: Tensor, lse: Tensor, expected: list[Expected]) -> str | None:

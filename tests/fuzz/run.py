@@ -166,10 +166,10 @@ def readable(t: Any) -> bool:
     """A tensor with bytes of its own, not too many."""
     return (
         isinstance(t, Tensor)
+        and not t.is_nested
         and t.layout == torch.strided
         and t.device.type == "cpu"
         and not t.is_quantized
-        and not t.is_nested
         and not torch._C._functorch.is_functorch_wrapped_tensor(t)
         and not t._is_zerotensor()
         and t.untyped_storage().nbytes() <= 1 << 26
@@ -217,15 +217,14 @@ def how_ragged(a: dict[str, Any]) -> bool:
 
 
 def _check_gradients(call: Call) -> None:
-    """Against autograd through the reference, in float64."""
-    a = dict(call.arguments)
-    kv_b = call.operator == "mla_attention_kv_b"
-    if a["q"].numel() == 0 or call.spec["logits"]["kind"] not in ("normal", "peaky", "sink"):
+    """Against autograd through float64, where what a query does not see takes no part."""
+    a, spec = call.arguments, call.spec
+    poison = spec["poison_seen"] or spec["poison_query"] or spec.get("poison_weight")
+    # Keys that are all hidden by as much, or nearly, share what float32 leaves of their logits.
+    drowned = spec["mask"] and spec["mask"]["low"] < -1e5
+    if a["q"].numel() == 0 or poison or drowned or not call.ordinary:
         return
-    spec = call.spec
-    if spec["poison_seen"] or spec["poison_query"] or spec.get("poison_weight"):
-        return
-    names = ["q", "q_pe", "attn_sink", *(["w_kv_b"] if kv_b else [])]
+    names = ["q", "q_pe", "attn_sink", "w_kv_b"]
     names += ["kv_cache", "k_pe_cache"] if a["kv_cache"].is_floating_point() else []
     names = [n for n in names if a.get(n) is not None]
     draw = random.Random(spec["data"])
@@ -237,31 +236,32 @@ def _check_gradients(call: Call) -> None:
             leaves = {n: t.double() for n, t in leaves.items()}
         for n in chosen:
             leaves[n].requires_grad_()
-        module: Any = reference if double else ops
-        with environment(spec):
-            out, lse = getattr(module, call.operator)(**{**a, **leaves})
-        weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
+        if double:
+            out, lse = oracle.differentiable({**a, **leaves})
+        else:
+            with environment(spec):
+                out, lse = function(call)(**{**a, **leaves})
+        # Numbers that are the same in 16 bits.
+        weight = (torch.arange(out.numel()) * 37 % 65 - 32).double().view(out.shape) / 32
         loss = (out.double() * weight).sum()
         loss = loss + lse.double().masked_fill(lse == -torch.inf, 0).sum()
         gradients.append(torch.autograd.grad(loss, [leaves[n] for n in chosen], allow_unused=True))
     half = a["q"].dtype != torch.float32 or a["kv_cache"].dtype in (torch.bfloat16, torch.float16)
     tolerance = 4e-3 if half else 1e-5
     for n, actual, expected in zip(chosen, *gradients, strict=True):
-        if actual is None or expected is None:
-            if (actual is not None and actual.count_nonzero()) or expected is not None:
-                raise Wrong("wrong gradient", f"of {n}: {actual} and {expected}")
-            continue
+        if actual is None:
+            actual = torch.zeros_like(a[n])
+        if expected is None:  # no sequence reaches it
+            expected = torch.zeros(a[n].shape, dtype=torch.float64)
         if expected.numel() == 0:
             continue
         if not bool(actual.isfinite().all()):
             raise Wrong("wrong gradient", f"of {n} is not finite")
-        if not bool(expected.isfinite().all()):  # 0 / 0 in the reference: queries without keys
-            continue
         error, size = (actual.double() - expected).norm(), expected.norm()
         # Rounding is of terms that may cancel: those of the largest size there are.
         terms = 1 + float(expected.abs().max())
         if not error <= tolerance * size + 1e-6 * terms * math.sqrt(expected.numel()):
-            raise Wrong("wrong gradient", f"of {n} is off by {error:.2e} of {size:.2e}")
+            raise Wrong("wrong gradient", f"of {n}: off by {error:.2e} of {size:.2e}")
 
 
 def _check_gather(call: Call, answer: Tensor) -> None:
