@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig
 
 from torch_flash_mla import MLACache, PagedLatentCache
+from torch_flash_mla.integrations.transformers.cache import cache_layer_of
 
 REFUSED = (TypeError, ValueError, IndexError)
 Text = list[int]
@@ -441,7 +442,10 @@ class LatentMachine(Machine):
             return
         rows = _rows(new + pool, self.LATENT + self.ROPE).unsqueeze(1)
         keys, values = rows.split([self.LATENT, self.ROPE], dim=-1)
-        self.cache.update(keys, values, layer)
+        carrier, _ = self.cache.update(keys, values, layer)
+        pages = cache_layer_of(carrier)
+        if pages is not None:
+            pages.take()  # as an attention that reads them does
 
     def reorder(self) -> None:
         count = self.draw.randint(1, self.BATCH)

@@ -136,7 +136,6 @@ class _SharedPages:
         self.max_batch = max_batch
         self.copies, self.copied_tokens = 1, 0  # rows that come equal, for how many tokens
         self.leader: int | None = None  # index of the layer that comes first in a step
-        self.written: set[int] = set()  # layers that have their rows of the present step
         self.carrier_is_out = False  # no attention has taken it yet
         self.paged: PagedLatentCache | None = None
 
@@ -234,8 +233,6 @@ class LatentPages(Pages, CacheLayerMixin):
         if self.pages.leader is None:
             self.pages.leader = self.index
         compiling = torch.compiler.is_compiling()
-        if not compiling:
-            self._note_step()
         guarded = (self.is_leader or not self.is_initialized) and not compiling
         with self._unchanged_on_error() if guarded else contextlib.nullcontext():
             if not self.is_initialized:
@@ -256,17 +253,6 @@ class LatentPages(Pages, CacheLayerMixin):
             raise ValueError(f"pool.{self.index}: missing, or without a dtype")
         self._make_carrier(self.dtype)
         self.keys, self.values = self._carriers()
-
-    def _note_step(self) -> None:
-        """Refuses rows of a step that the leader has not begun: there is no room for them."""
-        if self.is_leader:
-            self.pages.written.clear()
-        elif self.index in self.pages.written:
-            raise RuntimeError(
-                f"pool {self.index} of an MLACache got rows twice since pool {self.pages.leader}, "
-                "which came first, got any: a cache serves one model, or the same part of it"
-            )
-        self.pages.written.add(self.index)
 
     def _reserve(self, batch: int, tokens: int) -> None:
         """Makes room for a step, in all layers."""
@@ -360,7 +346,7 @@ class FixedLatentLayer(LatentPages, StaticLayer):
 
     def get_seq_length(self) -> Any:
         """A tensor once there is one, as for a StaticLayer: int32 []."""
-        return self._paged.cache_seqlens[0] if self.is_initialized else 0
+        return 0 if self.pages.paged is None else self.pages.paged.cache_seqlens[0]
 
     def _carrier_length(self) -> int:
         return self.max_cache_len

@@ -244,8 +244,10 @@ class _Held:
             return kind
         self._packages.add(_package(type(tensor)))
         attributes = self._look(vars(tensor))  # such as the scales of a bitsandbytes weight
-        self.is_opaque |= not _has_memory(tensor)
-        self.tensors.append(tensor.as_subclass(Tensor))
+        if _has_memory(tensor):
+            self.tensors.append(tensor.as_subclass(Tensor))
+        else:
+            self.is_opaque = True
         return kind, attributes
 
     def contents(self) -> list[_Checksum]:
