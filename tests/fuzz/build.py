@@ -198,6 +198,8 @@ def _attention(spec: Spec, rng: random.Random) -> Call:
                 arguments[name] = strided(t)
     call = Call(spec, "mla_attention_kv_b" if kv_b else "mla_attention", arguments)
     call.ordinary = spec["logits"]["kind"] in ("normal", "peaky", "sink") and spec["scale"] == 1
+    if spec["sink"] == "large" or (spec["mask"] and spec["mask"]["low"] < -1e5):
+        call.ordinary = False  # next to nothing is left of some rows, or of their logits
     return call
 
 

@@ -326,6 +326,7 @@ def resolved(call: Call) -> dict[str, Any] | None:
                     if t._is_zerotensor():
                         t = torch.zeros(t.shape, dtype=t.dtype)
                     unusual = t.is_neg() or t.is_conj() or type(t) is not Tensor
+                    unusual |= not t._is_zerotensor() and t.data_ptr() % t.element_size() != 0
                     if unusual or t.requires_grad or t.is_inference():
                         t = t.as_subclass(Tensor).detach().resolve_neg().resolve_conj().clone()
             except RuntimeError:
