@@ -14,6 +14,7 @@ from typing import Any
 
 # Threads that wait for work must not take the time of those that have some.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,7 +28,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--isa", help="a level, instead of all of the machine")
     parser.add_argument("--kind", choices=list(_KINDS), default="calls")
     parser.add_argument("--sanitize", action="store_true", help="with ASan and UBSan")
-    parser.add_argument("--time-limit", type=float, default=60, help="seconds for a case")
+    parser.add_argument("--time-limit", type=float, default=30, help="seconds for a case")
     parser.add_argument("--replay", metavar="SEED:INDEX", help="one case, in this process")
     parser.add_argument("--set", default="{}", help="fields of its spec, as JSON")
     parser.add_argument("--shrink", type=int, default=5, help="failures to make smaller")

@@ -91,6 +91,8 @@ def strided(t: Tensor) -> Tensor:
 
 
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype, how: str) -> Tensor:
+    if how == "zero":
+        return torch.zeros(shape, dtype=dtype)
     if dtype == torch.uint8:
         return torch.full(shape, 0xFF if how != "bytes" else 0xFE, dtype=dtype)
     value = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf, "huge": 3e38, "bytes": -math.nan}
@@ -196,6 +198,8 @@ def _attention(spec: Spec, rng: random.Random) -> Call:
                 arguments[name] = strided(t)
     call = Call(spec, "mla_attention_kv_b" if kv_b else "mla_attention", arguments)
     call.ordinary = spec["logits"]["kind"] in ("normal", "peaky", "sink") and spec["scale"] == 1
+    if spec["sink"] == "large" or (spec["mask"] and spec["mask"]["low"] < -1e5):
+        call.ordinary = False  # next to nothing is left of some rows, or of their logits
     return call
 
 
@@ -676,7 +680,7 @@ def _huge(spec: Spec, rng: random.Random) -> Call:
         # All but the last few would be zeros; a length that fits in memory is not huge.
         arguments["cache_seqlens"] = int32([rng.choice([0, 1, length])])
         arguments["kv_cache"] = row.view(1, 1, -1).expand(1, min(size, 2**31 - 1), -1)
-        arguments["max_seqlen"] = rng.choice([size, size, None])
+        arguments["max_seqlen"] = rng.choice([min(size, 2**55), min(size, 2**55), None])
         return Call(spec, "gather_cache", arguments)
     if what == "append":
         tokens = size
@@ -698,11 +702,11 @@ def _huge(spec: Spec, rng: random.Random) -> Call:
         return Call(spec, "merge_attn_states", dict(out_a=out, out_b=out, lse_a=lse, lse_b=lse))
     arguments |= {"head_dim_v": latent, "softmax_scale": 0.25, "causal": spec["causal"]}
     if what in ("rows", "tokens", "heads", "batch"):
-        count = min(size, 2**55)
+        count = min(size, 2**50)
         shape = {
             "rows": (1, 1 + count // 64, 64, latent),
             "tokens": (1, count, 1, latent),
-            "heads": (1, 1, min(count, 2**49), latent),
+            "heads": (1, 1, count, latent),
             "batch": (count, 1, 1, latent),
         }[what]
         q = q.expand(shape)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.fuzz.build import Call
-from tests.fuzz.guard import storage_bytes
+from tests.fuzz.guard import extent
 from torch_flash_mla import reference
 
 _DTYPES = [
@@ -30,7 +30,7 @@ def mutate(call: Call) -> list[str]:
     done = []
     for seed in call.spec["mutations"]:
         rng = random.Random(seed)
-        names = [k for k, v in call.arguments.items() if isinstance(v, Tensor)]
+        names = [k for k, v in call.arguments.items() if isinstance(v, Tensor) and whole(v)]
         if rng.random() < 0.15 or not names:
             done.append(_mutate_scalar(call, rng))
             continue
@@ -44,6 +44,13 @@ def mutate(call: Call) -> list[str]:
         call.arguments[name] = changed
         done.append(f"{kind} of {name}")
     return done
+
+
+def whole(t: Tensor) -> bool:
+    """Whether all of ``t`` is there: torch itself reads outside of a storage that was cut."""
+    if t.is_nested or t.layout != torch.strided or t.is_meta or t._is_zerotensor():
+        return True
+    return extent(t)[1] <= t.untyped_storage().nbytes()
 
 
 def _mutate_scalar(call: Call, rng: random.Random) -> str:
@@ -84,6 +91,8 @@ def _unasked(name: str, a: dict[str, Any]) -> Tensor:
     """An optional argument that was not given, more or less as it should be."""
     q = a.get("q")
     heads, batch = 3, 1
+    if isinstance(q, Tensor) and q.is_nested:
+        q = None
     if isinstance(q, Tensor) and q.dim() >= 2:
         heads, batch = q.shape[-2], q.shape[0]
     if name == "attn_sink":
@@ -179,17 +188,16 @@ def _misaligned(t: Tensor, rng: random.Random, call: Call) -> Tensor:
 
 
 def _other_argument(t: Tensor, rng: random.Random, call: Call) -> Tensor:
-    tensors = [v for v in call.arguments.values() if isinstance(v, Tensor)]
+    tensors = [v for v in call.arguments.values() if isinstance(v, Tensor) and whole(v)]
     return rng.choice(tensors)
 
 
 def _overlaid(t: Tensor, rng: random.Random, call: Call) -> Tensor:
     """The same shape, in the memory of another argument of the same dtype."""
     others = [
-        v
-        for v in call.arguments.values()
-        if isinstance(v, Tensor) and v is not t and v.dtype == t.dtype and v.numel() >= t.numel()
+        v for v in call.arguments.values() if isinstance(v, Tensor) and v is not t and whole(v)
     ]
+    others = [v for v in others if v.dtype == t.dtype and v.numel() >= t.numel()]
     other = rng.choice(others)
     flat = other if other.is_contiguous() else other.contiguous()
     first = rng.randint(0, flat.numel() - t.numel())
@@ -313,14 +321,17 @@ def resolved(call: Call) -> dict[str, Any] | None:
         if isinstance(t, Tensor):
             try:
                 with torch.no_grad():
-                    if t.layout != torch.strided or t.device.type != "cpu" or t.is_nested:
+                    if t.is_nested or t.layout != torch.strided or t.device.type != "cpu":
                         return None
                     if t._is_zerotensor():
                         t = torch.zeros(t.shape, dtype=t.dtype)
                     unusual = t.is_neg() or t.is_conj() or type(t) is not Tensor
+                    unusual |= not t._is_zerotensor() and t.data_ptr() % t.element_size() != 0
                     if unusual or t.requires_grad or t.is_inference():
                         t = t.as_subclass(Tensor).detach().resolve_neg().resolve_conj().clone()
             except RuntimeError:
+                return None
+            if not whole(t):
                 return None
         result[name] = t
     same = all(result[k] is call.arguments[k] for k in result)
@@ -357,4 +368,4 @@ def _same_q4(cell: Tensor, row: Tensor) -> bool:
     return False
 
 
-__all__ = ["mutate", "resolved", "same_packed", "storage_bytes"]
+__all__ = ["mutate", "resolved", "same_packed"]

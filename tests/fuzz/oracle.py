@@ -53,7 +53,7 @@ def to_numpy(t: Tensor) -> Array:
 
 def decode(rows: Array, name: str, latent: int, rope: int) -> tuple[Array, Array]:
     """float32 values [n, L + R] of packed rows, and [n, 2] the largest that a segment's codes
-    can say."""
+    can say: NaN where a scale is negative, which no encoder writes."""
     n, width = len(rows), latent + rope
     peak = np.zeros((n, 2))
 
@@ -62,7 +62,8 @@ def decode(rows: Array, name: str, latent: int, rope: int) -> tuple[Array, Array
 
     def peaks(blocks: Array, seg: int) -> None:
         if blocks.shape[1]:
-            peak[:, seg] = blocks.max(axis=1) * float(_LARGEST_CODE[name][seg])
+            most = np.where(np.signbit(blocks).any(axis=1), np.nan, blocks.max(axis=1))
+            peak[:, seg] = most * float(_LARGEST_CODE[name][seg])
 
     with np.errstate(all="ignore"):
         if name == "q8_kv":
@@ -98,10 +99,8 @@ def decode(rows: Array, name: str, latent: int, rope: int) -> tuple[Array, Array
         return (values * s[:, :, None]).reshape(n, width), peak
 
 
-def sequence_rows(
-    a: Arguments, b: int, n: int, latent: int, rope: int
-) -> tuple[Array, Array | None]:
-    """float64 [n, L + R], and the peaks of packed rows."""
+def _cells(a: Arguments, b: int, n: int) -> list[Tensor]:
+    """The cells of a sequence as they are stored, one part per cache."""
     parts = []
     for cache in (a["kv_cache"], a.get("k_pe_cache")):
         if cache is None:
@@ -112,8 +111,16 @@ def sequence_rows(
             parts.append(cache[b, :n])
         else:
             position = torch.arange(n)
-            block = a["block_table"][b].long()[position // cache.shape[1]]
+            block = a["block_table"][b][position // cache.shape[1]].long()
             parts.append(cache[block, position % cache.shape[1]])
+    return parts
+
+
+def sequence_rows(
+    a: Arguments, b: int, n: int, latent: int, rope: int
+) -> tuple[Array, Array | None]:
+    """float64 [n, L + R], and the peaks of packed rows."""
+    parts = _cells(a, b, n)
     name = a.get("kv_cache_dtype", "auto")
     if name in PACKED_FORMATS:
         values, peak = decode(parts[0].numpy(), name, latent, rope)
@@ -266,6 +273,8 @@ def _attend(
     q_len, n = q.shape[0], len(keys)
     sees = np.broadcast_to(seen.sees, (q_len, heads, n))
     nan_key, bad_key = np.isnan(keys).any(axis=1), ~np.isfinite(keys).all(axis=1)
+    if peak is not None:
+        bad_key = bad_key | np.isnan(peak).any(axis=1)
     nan_q, bad_q = np.isnan(q).any(axis=2), ~np.isfinite(q).all(axis=2)
     some = sees.any(axis=2)
     status = np.where(some, FINITE, EMPTY)
@@ -279,11 +288,20 @@ def _attend(
     infinite = (bad_q & ~nan_q) | (sees & (bad_key & ~nan_key)).any(axis=2)
     if w is not None:  # NaN in the rows of values alone reaches those values alone
         infinite |= bad_w
+    if seen.bias is not None:  # a mask that says nothing, or hides all other keys for good
+        odd = ~np.isfinite(seen.bias)
+        bad |= (sees & odd).any(axis=2)
+        infinite |= (sees & odd).any(axis=2)
+        seen = Sight(seen.sees, np.where(odd, 0, seen.bias), seen.count)
+    if sink is not None:
+        odd = np.isnan(sink) | (sink == np.inf)
+        bad, infinite = bad | odd, infinite | odd
+        sink = np.where(odd, 0, sink)
     status[some & bad] = ANY
     status[some & nan & ~infinite] = NAN
     unused = bad_key | ~sees.any(axis=(0, 1))
     keys = np.where(unused[:, None], 0, keys)
-    peak = None if peak is None else np.where(unused[:, None], 0, np.abs(peak))
+    peak = None if peak is None else np.where(unused[:, None], 0, peak)
     q = np.where(bad_q[:, :, None], 0, q)
 
     width = keys.shape[1]
@@ -364,11 +382,12 @@ def _attend(
     if sink is not None:
         bound += np.minimum(moved.sum(axis=2), 1) * out_norm
     # Sums, and weights as codes.
-    bound += (8 + 2 * math.sqrt(n)) * _F32 * (p @ norm)
+    entries = max(n, 0 if seen.count is None else int(seen.count.sum(axis=2).max(initial=0)))
+    bound += (8 + 2 * math.sqrt(n) + entries / 8) * _F32 * (p @ norm)
     if how.arithmetic == "BF16" or how.expanded:
         bound += _independent(_BF16 * p if how.out == _BF16 else _F32 * p, norm)
     if peak is not None and how.arithmetic.startswith("INT"):
-        bound += _rounded_values(p, norm, peak[:, 0], latent, how)
+        bound += _rounded_values(p, seen.count, norm, peak[:, 0], latent, how)
 
     if w is not None:
         by_head = out.transpose(1, 0, 2)  # [H, Sq, L]
@@ -495,17 +514,75 @@ def _sums(x: Array, length: int) -> Array:
     return np.maximum.reduce(parts)
 
 
-def _rounded_values(p: Array, norm: Array, peak: Array, latent: int, how: Precision) -> Array:
-    """Weights are codes relative to the largest times its value scale; values may be, too."""
+def _rounded_values(
+    p: Array, count: Array | None, norm: Array, peak: Array, latent: int, how: Precision
+) -> Array:
+    """Weights are codes relative to the largest times its value scale; values may be, too.
+
+    A key that a list names several times has a code each time, and the same error.
+    """
+    times = np.ones(1) if count is None else np.maximum(count, 1)
     top = 255 if how.arithmetic == "INT8" else 1448
     step = _steps(np.stack([peak, peak], axis=1), how)[:, 0]
-    largest = (p * step).max(axis=2, initial=0)
+    largest = (p / times * step).max(axis=2, initial=0)
     usable = np.maximum(step, 1e-30)
-    part = np.where(p > 0, 0.5 / top * largest[:, :, None] / usable, 0)
+    part = np.where(p > 0, 0.5 / top * times * largest[:, :, None] / usable, 0)
     bound = 1.1 * _independent(part, norm)
-    if how.cache_format != "q8_kv":
-        bound += _independent(p * np.ones(1), step * math.sqrt(latent / 12) * 1.5)
+    if how.cache_format != "q8_kv":  # of equal values, equal errors
+        bound += 1.5 * math.sqrt(latent / 12) * (p @ step)
     return bound
+
+
+def differentiable(a: Arguments) -> tuple[Tensor, Tensor]:
+    """Results of one call through autograd, from tensors of float64 (packed caches aside)."""
+    q, q_pe, w, sink = (a.get(n) for n in ("q", "q_pe", "w_kv_b", "attn_sink"))
+    ragged = a.get("cu_seqlens_q") is not None
+    main = a["head_dim_v"] if w is None else w.shape[1] - a["head_dim_v"]
+    latent = a["head_dim_v"] if w is None else w.shape[2]
+    q = q.double() if q_pe is None else torch.cat([q, q_pe], dim=-1).double()
+    rope = q.shape[-1] - main
+    if w is not None:
+        w = w.double()
+        projected = torch.einsum("...hp,hpl->...hl", q[..., :main], w[:, :main])
+        q = torch.cat([projected, q[..., main:]], dim=-1)
+    outs, lses = [], []
+    for b, tokens in enumerate(query_tokens(a)):
+        mine = q[tokens] if ragged else q[b]
+        n = int(a["cache_seqlens"][b])
+        if a["kv_cache"].is_floating_point():
+            keys = torch.cat(_cells(a, b, n), dim=-1)
+        else:
+            keys = torch.from_numpy(sequence_rows(a, b, n, latent, rope)[0])
+        seen = sight(a, b, n, tokens)
+        sees = torch.from_numpy(np.broadcast_to(seen.sees, (*mine.shape[:2], n)).copy())
+        keys = keys.double().masked_fill(~sees.any(0).any(0)[:, None], 0)
+        logits = a["softmax_scale"] * (mine @ keys.T)
+        if seen.bias is not None:
+            logits = logits + torch.from_numpy(seen.bias)
+        if seen.count is not None:
+            logits = logits + torch.from_numpy(np.log(np.maximum(seen.count, 1)))
+        empty = ~sees.any(-1)
+        logits = logits.masked_fill(~sees, -1e300)
+        most = torch.nn.functional.pad(logits, (0, 1), value=-1e300).amax(-1).detach()
+        most = most.masked_fill(empty, 0)
+        if sink is not None:
+            most = torch.maximum(most, sink.detach().double())
+        p = (logits - most[..., None]).exp().masked_fill(~sees, 0)
+        total = p.sum(-1)
+        # A sum too small beside a large sink would have no logarithm.
+        lse = torch.logsumexp(logits, dim=-1) if n else most
+        lse = lse.masked_fill(empty, -torch.inf)
+        if sink is not None:
+            total = total + (sink.double() - most).exp()
+        out = (p @ keys[:, :latent]) / total.masked_fill(empty, 1)[..., None]
+        outs.append(out.masked_fill(empty[..., None], 0))
+        lses.append(lse.T)
+    if not outs:
+        return q.new_zeros(*a["q"].shape[:-1], a["head_dim_v"]), q.new_zeros(0)
+    out = torch.cat(outs) if ragged else torch.stack(outs)
+    if w is not None:
+        out = torch.einsum("...hl,hvl->...hv", out, w[:, main:])
+    return out, torch.cat(lses, dim=-1) if ragged else torch.stack(lses)
 
 
 def check_attention(a: Arguments, out: Tensor, lse: Tensor, expected: list[Expected]) -> str | None:

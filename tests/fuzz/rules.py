@@ -39,6 +39,9 @@ def argument_names(operator: str) -> list[str]:
 
 
 def judge(operator: str, a: dict[str, Any]) -> tuple[str, str]:
+    tensors = [t for t in a.values() if isinstance(t, Tensor)]
+    if tensors and all(not t.is_nested and t.is_meta for t in tensors):
+        return EITHER, "shapes without data"
     try:
         _RULES[operator](a)
     except Refuse as why:
@@ -56,13 +59,13 @@ def refuse(condition: bool, why: str) -> None:
 def tensor(name: str, t: Any) -> Tensor:
     """A strided CPU tensor that can be read as it is."""
     refuse(not isinstance(t, Tensor), f"{name} is no tensor")
+    refuse(t.is_nested, f"{name} is nested")
     refuse(t.device.type != "cpu", f"{name} is on {t.device}")
     if t.layout != torch.strided:
         raise Refuse(f"{name} is {t.layout}")
     if t._is_zerotensor() or t.is_neg() or t.is_conj():
         raise Unsure(f"{name} has bits that torch resolves")
-    unusual = t.is_nested or t.is_quantized or t.dtype.is_complex
-    refuse(unusual, f"{name} is nested, quantised or complex")
+    refuse(t.is_quantized or t.dtype.is_complex, f"{name} is quantised or complex")
     return t
 
 
@@ -345,10 +348,11 @@ def copy(a: dict[str, Any]) -> None:
 def tensor_of_any(name: str, t: Any) -> Tensor:
     """As `tensor`, of any dtype."""
     refuse(not isinstance(t, Tensor), f"{name} is no tensor")
+    refuse(t.is_nested, f"{name} is nested")
     if t._is_zerotensor() or t.is_neg() or t.is_conj():
         raise Unsure(f"{name} has bits that torch resolves")
     refuse(t.device.type != "cpu" or t.layout != torch.strided, f"{name} is {t.layout}")
-    refuse(t.is_nested or t.is_quantized, f"{name} is nested or quantised")
+    refuse(t.is_quantized, f"{name} is quantised")
     return t
 
 

@@ -156,6 +156,15 @@ class Snapshot:
             if readable(t):
                 self.bytes[name] = _bytes_of(t).clone()
 
+    def as_it_was(self, name: str) -> Tensor:
+        """The tensor with the values that it had."""
+        t, old = self.arguments[name], self.bytes[name]
+        if t.numel() == 0:
+            return t.detach()
+        first = 0 if len(old) == t.untyped_storage().nbytes() else extent(t)[0]
+        offset = t.storage_offset() - first // t.element_size()
+        return old.view(t.dtype).as_strided(t.shape, t.stride(), offset)
+
     def unchanged(self, after: str, but: tuple[str, ...] = ()) -> None:
         for name, old in self.bytes.items():
             if name not in but and not torch.equal(_bytes_of(self.arguments[name]), old):
@@ -166,10 +175,10 @@ def readable(t: Any) -> bool:
     """A tensor with bytes of its own, not too many."""
     return (
         isinstance(t, Tensor)
+        and not t.is_nested
         and t.layout == torch.strided
         and t.device.type == "cpu"
         and not t.is_quantized
-        and not t.is_nested
         and not torch._C._functorch.is_functorch_wrapped_tensor(t)
         and not t._is_zerotensor()
         and t.untyped_storage().nbytes() <= 1 << 26
@@ -217,15 +226,12 @@ def how_ragged(a: dict[str, Any]) -> bool:
 
 
 def _check_gradients(call: Call) -> None:
-    """Against autograd through the reference, in float64."""
-    a = dict(call.arguments)
-    kv_b = call.operator == "mla_attention_kv_b"
-    if a["q"].numel() == 0 or call.spec["logits"]["kind"] not in ("normal", "peaky", "sink"):
+    """Against autograd through float64, where what a query does not see takes no part."""
+    a, spec = call.arguments, call.spec
+    poison = spec["poison_seen"] or spec["poison_query"] or spec.get("poison_weight")
+    if a["q"].numel() == 0 or poison or not call.ordinary:
         return
-    spec = call.spec
-    if spec["poison_seen"] or spec["poison_query"] or spec.get("poison_weight"):
-        return
-    names = ["q", "q_pe", "attn_sink", *(["w_kv_b"] if kv_b else [])]
+    names = ["q", "q_pe", "attn_sink", "w_kv_b"]
     names += ["kv_cache", "k_pe_cache"] if a["kv_cache"].is_floating_point() else []
     names = [n for n in names if a.get(n) is not None]
     draw = random.Random(spec["data"])
@@ -237,31 +243,32 @@ def _check_gradients(call: Call) -> None:
             leaves = {n: t.double() for n, t in leaves.items()}
         for n in chosen:
             leaves[n].requires_grad_()
-        module: Any = reference if double else ops
-        with environment(spec):
-            out, lse = getattr(module, call.operator)(**{**a, **leaves})
-        weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
+        if double:
+            out, lse = oracle.differentiable({**a, **leaves})
+        else:
+            with environment(spec):
+                out, lse = function(call)(**{**a, **leaves})
+        # Numbers that are the same in 16 bits.
+        weight = (torch.arange(out.numel()) * 37 % 65 - 32).double().view(out.shape) / 32
         loss = (out.double() * weight).sum()
         loss = loss + lse.double().masked_fill(lse == -torch.inf, 0).sum()
         gradients.append(torch.autograd.grad(loss, [leaves[n] for n in chosen], allow_unused=True))
     half = a["q"].dtype != torch.float32 or a["kv_cache"].dtype in (torch.bfloat16, torch.float16)
     tolerance = 4e-3 if half else 1e-5
     for n, actual, expected in zip(chosen, *gradients, strict=True):
-        if actual is None or expected is None:
-            if (actual is not None and actual.count_nonzero()) or expected is not None:
-                raise Wrong("wrong gradient", f"of {n}: {actual} and {expected}")
-            continue
+        if actual is None:
+            actual = torch.zeros_like(a[n])
+        if expected is None:  # no sequence reaches it
+            expected = torch.zeros(a[n].shape, dtype=torch.float64)
         if expected.numel() == 0:
             continue
         if not bool(actual.isfinite().all()):
             raise Wrong("wrong gradient", f"of {n} is not finite")
-        if not bool(expected.isfinite().all()):  # 0 / 0 in the reference: queries without keys
-            continue
         error, size = (actual.double() - expected).norm(), expected.norm()
         # Rounding is of terms that may cancel: those of the largest size there are.
         terms = 1 + float(expected.abs().max())
         if not error <= tolerance * size + 1e-6 * terms * math.sqrt(expected.numel()):
-            raise Wrong("wrong gradient", f"of {n} is off by {error:.2e} of {size:.2e}")
+            raise Wrong("wrong gradient", f"of {n}: off by {error:.2e} of {size:.2e}")
 
 
 def _check_gather(call: Call, answer: Tensor) -> None:
@@ -286,9 +293,9 @@ def _check_merge(call: Call, answer: Any) -> None:
     if bool((out.transpose(-2, -3)[empty] != 0).any()):
         raise Wrong("wrong merge", "out is not 0 where both parts are empty")
     expected = expected.double()
-    seen_nan = expected.isnan()  # a part that counts has them
-    if not torch.equal(out.isnan(), seen_nan) or not torch.equal(lse.isnan(), expected_lse.isnan()):
-        raise Wrong("wrong merge", "nan where there should be none, or none where there should")
+    seen_nan = expected.isnan()  # a part that counts has them, be its weight as small as it will
+    if bool((out.isnan() & ~seen_nan).any()) or not torch.equal(lse.isnan(), expected_lse.isnan()):
+        raise Wrong("wrong merge", "nan where there should be none")
     out, expected = out.masked_fill(seen_nan, 0), expected.masked_fill(seen_nan, 0)
     size_a, size_b = (a[n].abs().nan_to_num(posinf=0) for n in ("lse_a", "lse_b"))
     size = torch.maximum(size_a, size_b)
@@ -315,13 +322,14 @@ def _check_merge(call: Call, answer: Any) -> None:
 def _check_append(call: Call, before: Snapshot) -> None:
     """The bytes of the whole storage: those of the format where a slot is, the old elsewhere."""
     a = call.arguments
-    mutated = ("kv_cache", "k_pe_cache")
-    before.unchanged("an answer", but=mutated)
-    tokens = a["slot_mapping"].numel()
-    kv_c = a["kv_c"].reshape(tokens, a["kv_c"].shape[-1])
-    k_pe = a["k_pe"].reshape(tokens, a["k_pe"].shape[-1])
+    caches = [a[n] for n in ("kv_cache", "k_pe_cache") if a.get(n) is not None]
+    written = [n for n in before.bytes if any(rules.share_memory(a[n], c) for c in caches)]
+    before.unchanged("an answer", but=(*written, "kv_cache", "k_pe_cache"))
+    kv_c, k_pe, slot_mapping = (before.as_it_was(n) for n in ("kv_c", "k_pe", "slot_mapping"))
+    tokens, slots = slot_mapping.numel(), slot_mapping.reshape(-1).tolist()
+    kv_c = kv_c.reshape(tokens, kv_c.shape[-1])
+    k_pe = k_pe.reshape(tokens, k_pe.shape[-1])
     name = a["kv_cache_dtype"]
-    slots = a["slot_mapping"].reshape(-1).tolist()
     if name in PACKED_FORMATS:
         parts = {"kv_cache": reference.encode_rows(kv_c, k_pe, name)}
     elif a.get("k_pe_cache") is not None:
@@ -364,13 +372,10 @@ def _check_copy(call: Call, before: Snapshot) -> None:
     old = before.bytes["kv_cache"]
     if cache.numel() == 0:
         return
-    first = 0 if len(old) == cache.untyped_storage().nbytes() else extent(cache)[0]
-    expected = old.clone()
-    offset = cache.storage_offset() - first // cache.element_size()
-    view = expected.view(cache.dtype).as_strided(cache.shape, cache.stride(), offset)
+    view = before.as_it_was("kv_cache")
     for source, target in mapping.tolist():
         view[target] = view[source].clone()
-    if not torch.equal(expected, _bytes_of(cache)):
+    if not torch.equal(old, _bytes_of(cache)):
         raise Wrong("wrong copy", "not the blocks that were asked for, or others too")
 
 
@@ -502,9 +507,13 @@ def _run_hostile(call: Call) -> None:
     if plain is None:
         before.unchanged("an answer", but=("kv_cache", "k_pe_cache"))
         return
-    if call.operator in ("concat_and_cache_mla", "copy_blocks") and plain is not original:
-        return
+    if call.operator in ("concat_and_cache_mla", "copy_blocks"):
+        caches = [original[n] for n in ("kv_cache", "k_pe_cache") if original.get(n) is not None]
+        if plain is not original or (len(caches) == 2 and rules.share_memory(*caches)):
+            return
     if call.notes:  # what FlashMLA's functions should return is known for their own arguments
+        return
+    if plain is not original and rules.judge(call.operator, plain)[0] != rules.VALID:
         return
     call.arguments = plain
     try:

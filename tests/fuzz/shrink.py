@@ -31,7 +31,7 @@ _SIMPLE: dict[str, list[Any]] = {
     "poison_seen": [False],
     "poison_query": [None],
     "poison_weight": [False],
-    "poison": ["nan"],
+    "poison": ["zero", "nan"],
     "gradients": [False],
     "twice": [False],
     "scale": [1.0],

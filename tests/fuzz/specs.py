@@ -128,7 +128,7 @@ def _cache(rng: random.Random) -> Spec:
     }
 
 
-def _attention(rng: random.Random) -> Spec:
+def _attention(rng: random.Random, kv_b: bool = False) -> Spec:
     spec = _cache(rng)
     heads = _heads(rng)
     batch = pick(rng, [(0, 1), (1, 40), (2, 40), (3, 14), (5, 5)])
@@ -222,7 +222,7 @@ def _logits(rng: random.Random, packed: bool) -> Spec:
 
 
 def _kv_b(rng: random.Random) -> Spec:
-    spec = _attention(rng)
+    spec = _attention(rng, kv_b=True)
     spec.update(
         nope=rng.choice([1, 8, 16, 17, 32, 40]),
         value=rng.choice([1, 8, 16, 24, 32, 33]),

@@ -1,0 +1,274 @@
+"""The fuzzer itself: what its oracle says is what the reference says, faults are found, deaths and
+hangs get a name. And runs of it, short here and longer in continuous integration."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from programs import ROOT, run_python
+
+import torch_flash_mla
+from tests.fuzz import oracle, rules, shrink, specs
+from tests.fuzz.build import Call, build
+from torch_flash_mla import ops, reference
+from torch_flash_mla.formats import PACKED_FORMATS, row_bytes
+
+ISAS = torch_flash_mla.available_isas()
+
+
+def fuzz(*arguments: str, timeout: float) -> str:
+    """The last line of a run."""
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.fuzz", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        timeout=timeout,
+    )
+    last = result.stdout.strip().split("\n")[-1]
+    passed, failed = map(int, re.findall(r"^(\d+) passed, (\d+) failed$", last)[0])
+    assert failed == 0, result.stdout[-6000:]
+    assert result.returncode == 0
+    return f"{passed} passed"
+
+
+def calls(count: int, seed: int, **changes: Any) -> list[Call]:
+    """Valid calls of attention with nothing poisoned but what no query sees."""
+    found = []
+    for index in range(10**6):
+        spec = specs.draw(seed, index, ISAS)
+        if spec["kind"] not in ("attention", "kv_b") or spec["heads"] == 0:
+            continue
+        spec |= {"mutations": [], "poison_seen": False, "poison_query": None, **changes}
+        found.append(build(spec | {"poison_weight": False}))
+        if len(found) == count:
+            break
+    return found
+
+
+def rows_of(call: Call, t: torch.Tensor, heads_first: bool) -> list[np.ndarray]:
+    """The part of each sequence, [Sq, H, ..]."""
+    ragged = call.arguments.get("cu_seqlens_q") is not None
+    x = t.double().numpy()
+    parts = []
+    for b, tokens in enumerate(oracle.query_tokens(call.arguments)):
+        if heads_first:
+            parts.append((x[:, tokens] if ragged else x[b]).T)
+        else:
+            parts.append(x[tokens] if ragged else x[b])
+    return parts
+
+
+def test_the_oracle_is_the_reference() -> None:
+    for call in calls(150, seed=1):
+        expected = oracle.attention(call.arguments, call.spec["isa"])
+        out, lse = getattr(reference, call.operator)(**call.arguments)
+        pairs = zip(expected, rows_of(call, out, False), rows_of(call, lse, True), strict=True)
+        for e, of_sequence, lse_of_sequence in pairs:
+            finite = e.status == oracle.FINITE
+            assert (lse_of_sequence[e.status == oracle.EMPTY] == -np.inf).all()
+            assert (of_sequence[e.status == oracle.EMPTY] == 0).all()
+            error = np.abs(of_sequence - e.out).max(axis=2, initial=0)
+            # Float64 itself moves logits of this size.
+            usual = call.spec["logits"]["kind"] in ("normal", "peaky", "sink")
+            bound = 1e-9 * (1 + np.abs(e.out).max(axis=2, initial=0)) if usual else e.out_bound
+            assert (error <= bound)[finite].all()
+            assert (np.abs(lse_of_sequence - e.lse) <= 1e-9 * (1 + np.abs(e.lse)))[finite].all()
+
+
+@pytest.mark.parametrize("cache_format", PACKED_FORMATS)
+def test_its_rows_are_those_of_the_reference(cache_format: str) -> None:
+    latent, rope = 96, 32
+    rows = torch.randint(0, 256, (200, row_bytes(cache_format, latent, rope))).to(torch.uint8)
+    values, peak = oracle.decode(rows.numpy(), cache_format, latent, rope)
+    expected = reference.decode_rows(rows, cache_format, latent, rope).numpy()
+    np.testing.assert_array_equal(values, expected)
+    finite = np.isfinite(expected).all(axis=1)
+    for seg, part in enumerate((values[:, :latent], values[:, latent:])):
+        most = np.abs(part[finite]).max(axis=1)
+        assert (most <= np.abs(peak[finite, seg]) * (1 + 1e-6)).all()
+
+
+def test_its_gradients_are_those_of_the_reference() -> None:
+    checked = 0
+    for call in calls(150, seed=2, logits={"kind": "normal", "size": 1.0}, q_dtype="float32"):
+        a = dict(call.arguments)
+        seen = [e.status for e in oracle.attention(a, call.spec["isa"])]
+        if a["q"].numel() == 0 or any((s == oracle.EMPTY).any() for s in seen):
+            continue  # autograd of the reference divides 0 by 0
+        kv_cache = a["kv_cache"]
+        if kv_cache.is_floating_point():
+            a["kv_cache"] = kv_cache.nan_to_num(0, 0, 0)
+        gradients = []
+        for function in (getattr(reference, call.operator), oracle.differentiable):
+            leaves = {"q": a["q"].double().requires_grad_()}
+            if kv_cache.is_floating_point():
+                leaves["kv_cache"] = a["kv_cache"].double().requires_grad_()
+            out, lse = (
+                function(**{**a, **leaves})
+                if function is not oracle.differentiable
+                else (function({**a, **leaves}))
+            )
+            loss = (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum() + lse.sum()
+            gradients.append(torch.autograd.grad(loss, list(leaves.values())))
+        for x, y in zip(*gradients, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-10)
+        checked += 1
+    assert checked > 50
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", ["attention", "kv_b"])
+def test_a_key_too_few_is_found(isa: str, kind: str) -> None:
+    """The bounds let rounding pass and little else: an answer without one of the keys does not."""
+    found = tried = 0
+    for call in calls(150, seed=3, isa=isa, logits={"kind": "normal", "size": 1.0}):
+        a = call.arguments
+        sizes = a["cache_seqlens"]
+        if call.spec["kind"] != kind or not len(sizes) or a["q"].numel() == 0:
+            continue
+        if int(sizes.min()) < 2 or call.spec["mask"] or call.spec["indices"]:
+            continue
+        if call.spec["leftpad"] or call.spec["window"] or call.spec["scale"] != 1:
+            continue
+        out, lse = getattr(reference, call.operator)(**{**a, "cache_seqlens": sizes - 1})
+        answer = out.to(a["q"].dtype), lse.float()
+        tried += 1
+        found += oracle.check_attention(a, *answer, oracle.attention(a, isa)) is not None
+    assert tried >= 10
+    assert found == tried
+
+
+def test_a_row_of_noise_is_found() -> None:
+    """Rows off by a hundredth of what they are, in float32."""
+    for call in calls(60, seed=4, q_dtype="float32", format="fp32", latent=64, rope=16):
+        a, isa = call.arguments, call.spec["isa"]
+        if call.operator != "mla_attention" or call.spec["logits"]["kind"] != "normal":
+            continue
+        expected = oracle.attention(a, isa)
+        out, lse = reference.mla_attention(**a)
+        if not any((e.status == oracle.FINITE).any() for e in expected):
+            continue
+        assert oracle.check_attention(a, out.float(), lse.float(), expected) is None
+        noisy = out.float() * (1 + 0.01 * torch.randn(out.shape))
+        assert oracle.check_attention(a, noisy, lse.float(), expected) is not None
+
+
+def test_rules_agree_with_the_operators() -> None:
+    """On calls with nothing damaged: all are valid."""
+    for index in range(400):
+        spec = specs.draw(5, index, ISAS) | {"mutations": []}
+        if spec["kind"] == "huge":
+            continue
+        call = build(spec)
+        expected = rules.EITHER if spec["kind"] == "flash_mla" else rules.VALID
+        assert rules.judge(call.operator, call.arguments)[0] == expected
+
+
+def test_specs_depend_on_seed_and_index_alone() -> None:
+    assert specs.draw(1, 7, ISAS) == specs.draw(1, 7, ISAS)
+    assert specs.draw(1, 7, ISAS) != specs.draw(1, 8, ISAS) != specs.draw(2, 8, ISAS)
+    calls_ = [build(specs.draw(1, 2, ISAS)) for _ in "ab"]
+    for x, y in zip(*(c.arguments.values() for c in calls_), strict=True):
+        if isinstance(x, torch.Tensor):
+            assert torch.equal(x.view(-1).nan_to_num(), y.view(-1).nan_to_num())
+
+
+def test_shrinking() -> None:
+    """What has nothing to do with the fault goes."""
+    spec = next(
+        s
+        for s in (specs.draw(6, i, ISAS) for i in range(10**5))
+        if s["kind"] == "attention" and s["mask"] and s["sink"] and len(s["lengths"]) == 3
+    )
+    least = shrink.shrink(spec, lambda s: s["mask"] is not None and max(s["lengths"]) >= 2, 400)
+    assert least["mask"] is not None
+    assert least["sink"] is None
+    assert len(least["lengths"]) == 1
+    assert least["lengths"][0] <= 3
+    assert least["heads"] <= 1
+
+
+DEATHS = """
+import ctypes, os, pathlib, signal, sys, time
+import torch
+from tests.fuzz import guard, workers
+
+def case(index, tell):
+    tell({"case": index})
+    if index == 3:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if index == 5:
+        raise ValueError("five")
+    if index == 7:
+        time.sleep(100)
+    if index in (9, 11):  # one byte behind a tensor at the end, or before one at the beginning
+        t = guard.Arenas().place([torch.zeros(5)], end=index == 9)[0]
+        ctypes.string_at(t.data_ptr() + (20 if index == 9 else -1), 1)
+
+found = list(workers.run(pathlib.Path(sys.argv[1]), case, 0, 20, 2, time_limit=1, progress=False))
+print([(f.index, f.kind) for f in found if isinstance(f, workers.Failure)], found[-1])
+print(workers.attempt(lambda: os.abort()).kind, workers.attempt(lambda: None))
+"""
+
+
+def test_deaths_and_hangs_have_names(tmp_path: Any) -> None:
+    output = run_python(DEATHS, tmp_path).splitlines()
+    failures = eval(output[0].split("] ")[0] + "]")
+    assert sorted(failures) == [
+        (3, "died: SIGSEGV"),
+        (5, "fuzzer: ValueError"),
+        (7, "hang"),
+        (9, "died: SIGSEGV"),
+        (11, "died: SIGSEGV"),
+    ]
+    assert output[0].endswith("(15, 5)")
+    assert output[1] == "died: SIGABRT None"
+
+
+def test_calls() -> None:
+    assert fuzz("1", "2000", "--workers", "2", timeout=300) == "2000 passed"
+
+
+def test_threads() -> None:
+    assert fuzz("1", "100", "--kind", "threads", timeout=300) == "100 passed"
+
+
+def test_a_level_is_forced() -> None:
+    assert fuzz("2", "50", "--isa", "scalar", timeout=300) == "50 passed"
+
+
+@pytest.mark.slow
+def test_many_calls() -> None:
+    workers = str(os.cpu_count() or 1)
+    assert fuzz("3", "20000", "--workers", workers, timeout=1500) == "20000 passed"
+
+
+@pytest.mark.slow
+def test_sanitized_calls() -> None:
+    workers = str(os.cpu_count() or 1)
+    arguments = ("4", "3000", "--workers", workers, "--sanitize")
+    assert fuzz(*arguments, timeout=1800) == "3000 passed"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("tests.fuzz.files") is None, reason="no fuzzer of files yet"
+)
+def test_damaged_files() -> None:
+    assert fuzz("5", "1000", "--kind", "files", timeout=600) == "1000 passed"
+
+
+def test_the_scale_of_the_machine_is_left_alone() -> None:
+    """Cases change levels and threads of the worker, not of whoever imports the fuzzer."""
+    assert ops.cpu_isa() in ISAS
+    assert not torch.are_deterministic_algorithms_enabled()
