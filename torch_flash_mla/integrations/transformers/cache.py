@@ -1,14 +1,14 @@
 """MLACache: a transformers Cache that keeps the latents of MLA layers in pages.
 
-The layers of one model share a :class:`~torch_flash_mla.cache.PagedLatentCache`: its first layer
-(the *leader*) reserves room for a step and does what concerns whole sequences (reorder, crop,
-select); the others only write their rows. Layers that are not MLA (sliding window, linear
-attention, shared KV) stay those of transformers.
+The layers of one model share a :class:`~torch_flash_mla.cache.PagedLatentCache`: the one that comes
+first (the *leader*: layer 0, or the first of a pipeline stage) reserves room for a step and does
+what concerns whole sequences (reorder, crop, select); the others only write their rows. Layers that
+are not MLA (sliding window, linear attention, shared KV) stay those of transformers.
 
 ``update()`` has to return tensors, but the pages are no tensors of a shape that transformers knows.
 It returns *carriers*: NaN tensors of the expected shape that take no memory and point to their
-cache layer. The attention function of a patched layer follows the pointer; an unpatched one yields
-NaN instead of silent garbage.
+cache layer. The attention function of a patched layer follows the pointer and says so; an unpatched
+one yields NaN, and the next ``update()`` refuses to go on.
 
 Continuations of one prompt share its pages: ``fork`` makes them from a cache that holds the prompt,
 ``share_prompt`` announces a prompt that comes several times at once. ``save`` and ``load`` keep a
@@ -22,18 +22,16 @@ they change at once or not at all, and if they do not, the other layers are put 
 from __future__ import annotations
 
 import contextlib
-import inspect
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
-    DummyLayer,
     DynamicCache,
     DynamicIndexedLayer,
     DynamicLayer,
@@ -46,18 +44,14 @@ from torch_flash_mla import _cache_file, ops
 from torch_flash_mla._integers import integer, integers
 from torch_flash_mla.cache import MOST_SEQUENCES, MOST_TOKENS, PagedLatentCache
 from torch_flash_mla.integrations.transformers import layer_state
+from torch_flash_mla.integrations.transformers.compat import CACHE_ARGUMENT as CACHE_ARGUMENT
+from torch_flash_mla.integrations.transformers.compat import STORES_NOTHING
 from torch_flash_mla.integrations.transformers.fingerprint import (
     decoder_config,
     difference,
     fingerprint,
 )
-
-# Models and generate() call the cache past_key_values up to 5.23 and cache since.
-CACHE_ARGUMENT = (
-    "cache"
-    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-    else "past_key_values"
-)
+from torch_flash_mla.integrations.transformers.selection import is_disabled, teach_selection
 
 _CARRIER = "_mla_cache_layer"
 _OF_PAGES = {"pages", "index", "keys", "values", "_nan"}  # attributes that no file holds
@@ -141,6 +135,9 @@ class _SharedPages:
         self.max_cache_len = max_cache_len
         self.max_batch = max_batch
         self.copies, self.copied_tokens = 1, 0  # rows that come equal, for how many tokens
+        self.leader: int | None = None  # index of the layer that comes first in a step
+        self.written: set[int] = set()  # layers that have their rows of the present step
+        self.carrier_is_out = False  # no attention has taken it yet
         self.paged: PagedLatentCache | None = None
 
     def allocate(self, batch: int, dtype: torch.dtype) -> PagedLatentCache:
@@ -173,7 +170,10 @@ class LatentPages(Pages, CacheLayerMixin):
 
     @property
     def is_leader(self) -> bool:
-        return self.index == 0
+        return self.index == (0 if self.pages.leader is None else self.pages.leader)
+
+    def take(self) -> None:
+        self.pages.carrier_is_out = False
 
     # What the attention function reads
 
@@ -203,20 +203,15 @@ class LatentPages(Pages, CacheLayerMixin):
             )
         if key_states.device.type != "cpu":
             raise ValueError(f"MLACache lives on the CPU, got keys on {key_states.device}")
-        before = self.pages.paged
-        try:
-            paged = self.pages.allocate(key_states.shape[0], key_states.dtype)
-            paged.define_layer(self.index, key_states.shape[3], value_states.shape[3])
-            self._make_carrier(key_states.dtype)
-        except BaseException:
-            self.pages.paged = before
-            raise
         self.dtype, self.device = key_states.dtype, key_states.device
+        paged = self.pages.allocate(key_states.shape[0], key_states.dtype)
+        paged.define_layer(self.index, key_states.shape[3], value_states.shape[3])
+        self._make_carrier(key_states.dtype)
         self.is_initialized = True
 
     def _make_carrier(self, dtype: torch.dtype) -> None:
         with torch.inference_mode(False):
-            self._nan = torch.full((), float("nan"), dtype=dtype)
+            self._nan = torch.full((), float("nan"), dtype=dtype, device="cpu")
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -226,27 +221,32 @@ class LatentPages(Pages, CacheLayerMixin):
         Raises:
             ValueError: keys with several heads (the layer is not MLA), or not on the CPU; another
                 number of sequences than the cache holds; a row that does not fit ``max_cache_len``.
+            RuntimeError: the carriers of the last update were not taken (the model is not patched);
+                or another layer begins a step than before.
         """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        batch, _, tokens, _ = key_states.shape
-        paged = self._paged
-        rows = key_states[:, 0].to(paged.dtype), value_states[:, 0].to(paged.dtype)
-        if not self.is_leader:
+        if self.pages.carrier_is_out:
+            raise RuntimeError(
+                "the keys of an MLACache went to an attention that cannot read its pages: call "
+                "torch_flash_mla.patch(model) first, or select attn_implementation='mla_cpu'; a "
+                "model that stays stock needs a cache of transformers. (If a call was interrupted, "
+                "reset() the cache.)"
+            )
+        if self.pages.leader is None:
+            self.pages.leader = self.index
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            self._note_step()
+        guarded = (self.is_leader or not self.is_initialized) and not compiling
+        with self._unchanged_on_error() if guarded else contextlib.nullcontext():
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            paged = self._paged
+            rows = key_states[:, 0].to(paged.dtype), value_states[:, 0].to(paged.dtype)
+            if self.is_leader:
+                self._reserve(key_states.shape[0], key_states.shape[2])
             paged.append(self.index, *rows)
-        else:
-            if paged.batch == 0 and batch > paged.max_batch:  # reset, then used with more sequences
-                paged.reset(batch)
-            if paged.batch not in (0, batch):
-                raise ValueError(
-                    f"the cache holds {paged.batch} sequences, but {batch} came: use fork(n) for n "
-                    "continuations of each, or reset() to begin anew"
-                )
-            compiling = torch.compiler.is_compiling()
-            with contextlib.nullcontext() if compiling else paged.unchanged_on_error():
-                paged.reserve(batch, tokens, self._copies(tokens))
-                paged.append(self.index, *rows)
-        self.keys, self.values = self._carriers()
+            self.keys, self.values = self._carriers()
+        self.pages.carrier_is_out = True
         # Not self.keys itself: a cycle would keep the pages until the garbage collector comes.
         return self.carriers(self._nan, paged.batch, self._carrier_length())
 
@@ -256,6 +256,43 @@ class LatentPages(Pages, CacheLayerMixin):
             raise ValueError(f"pool.{self.index}: missing, or without a dtype")
         self._make_carrier(self.dtype)
         self.keys, self.values = self._carriers()
+
+    def _note_step(self) -> None:
+        """Refuses rows of a step that the leader has not begun: there is no room for them."""
+        if self.is_leader:
+            self.pages.written.clear()
+        elif self.index in self.pages.written:
+            raise RuntimeError(
+                f"pool {self.index} of an MLACache got rows twice since pool {self.pages.leader}, "
+                "which came first, got any: a cache serves one model, or the same part of it"
+            )
+        self.pages.written.add(self.index)
+
+    def _reserve(self, batch: int, tokens: int) -> None:
+        """Makes room for a step, in all layers."""
+        paged = self._paged
+        if paged.batch == 0 and batch > paged.max_batch:  # reset, then used with more sequences
+            paged.reset(batch)
+        if paged.batch not in (0, batch):
+            raise ValueError(
+                f"the cache holds {paged.batch} sequences, but {batch} came: use fork(n) for n "
+                "continuations of each, or reset() to begin anew"
+            )
+        paged.reserve(batch, tokens, self._copies(tokens))
+
+    @contextlib.contextmanager
+    def _unchanged_on_error(self) -> Iterator[None]:
+        """Forgets what the block has begun if it raises: a first use, room for a step."""
+        layer, pages = vars(self).copy(), vars(self.pages).copy()
+        paged = self.pages.paged
+        try:
+            with contextlib.nullcontext() if paged is None else paged.unchanged_on_error():
+                yield
+        except BaseException:
+            vars(self).clear()
+            vars(self).update(layer)
+            vars(self.pages).update(pages)
+            raise
 
     def _carriers(self) -> tuple[Tensor, Tensor]:
         """NaN tensors with the shapes of what is stored."""
@@ -268,6 +305,7 @@ class LatentPages(Pages, CacheLayerMixin):
     def reset(self) -> None:
         self.keys = self.values = None
         self.pages.copies = 1
+        self.pages.carrier_is_out = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Nothing to do here."""
@@ -311,9 +349,10 @@ class GrowingLatentLayer(LatentPages, DynamicLayer):
 
     def _copies(self, tokens: int) -> int:
         pages = self.pages
-        if pages.copies > 1 and self.get_seq_length() + tokens > pages.copied_tokens:
-            pages.copies = 1  # the prompt is over
-        return pages.copies
+        copies, after = pages.copies, self.get_seq_length() + tokens
+        if after >= pages.copied_tokens:
+            pages.copies = 1  # the prompt is over, also for a cache that is cropped later
+        return copies if after <= pages.copied_tokens else 1
 
 
 class FixedLatentLayer(LatentPages, StaticLayer):
@@ -321,7 +360,7 @@ class FixedLatentLayer(LatentPages, StaticLayer):
 
     def get_seq_length(self) -> Any:
         """A tensor once there is one, as for a StaticLayer: int32 []."""
-        return self._paged.cache_seqlens[0] if self.is_initialized else 0
+        return 0 if self.pages.paged is None else self.pages.paged.cache_seqlens[0]
 
     def _carrier_length(self) -> int:
         return self.max_cache_len
@@ -341,7 +380,8 @@ class MLACache(Cache):
     """A cache for ``generate()`` and ``model.forward`` of a patched model.
 
     It stores values, not the graph that made them: train without a cache, or with one of
-    transformers.
+    transformers. With ``TORCH_FLASH_MLA_DISABLE=1`` every layer is that of transformers, so that
+    programs which make a cache run on stock models.
 
     Args:
         config: the model's config (or that of its text part): decides which layers are replaced.
@@ -389,6 +429,10 @@ class MLACache(Cache):
             stock = StaticCache(text_config, max_cache_len).layers
             ours = {StaticLayer: FixedLatentLayer, StaticIndexedLayer: FixedIndexedLatentLayer}
         wanted = set(range(len(stock)) if layers is None else integers("layers", layers, 0))
+        if is_disabled():
+            wanted = set()
+        else:
+            teach_selection()  # the model may select the attention by its name
         replaced = [i for i, layer in enumerate(stock) if i in wanted and type(layer) in ours]
         self.pages = _SharedPages(
             len(replaced), dtype, kv_cache_dtype, block_size, max_cache_len, max_batch
@@ -413,14 +457,21 @@ class MLACache(Cache):
     @property
     def batch_size(self) -> int:
         """Sequences that the cache holds; -1 before the first use."""
+        if self.pages.num_layers == 0:  # all layers are stock
+            keys = (getattr(layer, "keys", None) for layer in self.layers)
+            return next((len(x) for x in keys if isinstance(x, Tensor)), -1)
         paged = self.pages.paged
         return paged.batch if paged is not None and paged.batch else -1
 
     @property
-    def has_only_pages(self) -> bool:
-        """Whether every layer that stores something stores pages: no sliding windows or recurrent
-        states, which cannot go back."""
-        return all(isinstance(layer, (LatentPages, DummyLayer)) for layer in self.layers)
+    def can_forget(self) -> bool:
+        """Whether every layer that stores something can forget its last tokens: no sliding windows
+        or recurrent states."""
+        return all(
+            isinstance(layer, (LatentPages, *STORES_NOTHING))
+            or type(layer) in (DynamicLayer, StaticLayer)
+            for layer in self.layers
+        )
 
     # Several continuations of one prompt
 
@@ -439,17 +490,17 @@ class MLACache(Cache):
                 cache with ``max_cache_len``.
             RuntimeError, MemoryError: no memory. Nothing has changed, whatever was raised.
         """
-        paged = self.pages.paged
+        paged, batch = self.pages.paged, self.batch_size
         n = integer("n", n, 1, MOST_SEQUENCES)
-        if paged is None or paged.batch == 0:
+        if batch < 1:
             raise ValueError("fork of an empty cache: run the prompt through the model first")
-        if paged.max_blocks is not None and paged.batch * n > paged.max_batch:
+        if paged is not None and paged.max_blocks is not None and paged.batch * n > paged.max_batch:
             raise ValueError(
                 f"n: got {n} for a batch of {paged.batch}, but the cache of fixed size was made "
                 f"for {paged.max_batch} sequences: MLACache(..., max_batch={paged.batch * n})"
             )
-        self.reorder_cache(torch.arange(paged.batch).repeat_interleave(n))
-        self._shared_prefix = n, int(paged.cache_seqlens[0])
+        self.reorder_cache(torch.arange(batch, device="cpu").repeat_interleave(n))
+        self._shared_prefix = n, int(self.get_seq_length())
 
     def share_prompt(self, copies: int, tokens: int) -> None:
         """Announces that the rows of the next forward passes come as ``copies`` equal ones in a
@@ -473,6 +524,7 @@ class MLACache(Cache):
             if self.pages.paged is not None and self.batch_size > 0:
                 self.pages.paged.reorder(beam_idx)
         self._shared_prefix = None
+        self.pages.copies = 1
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last ``-tokens_to_remove`` tokens of every sequence.
@@ -506,6 +558,7 @@ class MLACache(Cache):
     def reset(self) -> None:
         if self.pages.paged is not None:
             self.pages.paged.reset()  # what may fail comes first
+        self.pages.leader = None
         self._shared_prefix = None
         super().reset()
 
@@ -558,10 +611,12 @@ class MLACache(Cache):
                 go into the file, and :meth:`load` compares them.
 
         Raises:
-            ValueError: an empty cache, or a stock layer with a state that cannot be stored.
+            ValueError: an empty cache, a stock layer with a state that cannot be stored, or
+                TORCH_FLASH_MLA_DISABLE, with which a cache has no pages.
             OSError: the file cannot be written.
         """
         paged = self.pages.paged
+        _refuse_if_disabled("save")
         if paged is None or paged.batch == 0:
             raise ValueError("save of an empty cache: run the prompt through the model first")
         pages, contents = paged.snapshot()
@@ -594,9 +649,10 @@ class MLACache(Cache):
         Raises:
             OSError: the file cannot be opened or read.
             ValueError: no such file, of another version, damaged, or made by another model; the
-                message says where, or how the models differ.
+                message says where, or how the models differ. Or TORCH_FLASH_MLA_DISABLE is set.
             RuntimeError, MemoryError: no memory for it.
         """
+        _refuse_if_disabled("load")
         with _cache_file.opened(path, "MLACache", mmap, verify) as (header, tensors):
             fields = _cache_file.Fields(header)
             different = difference(dict(fields.mapping("model")), fingerprint(model))
@@ -634,6 +690,14 @@ class MLACache(Cache):
                 if isinstance(layer, LatentPages) and layer.is_initialized:
                     layer._restore_carriers()
         return cache
+
+
+def _refuse_if_disabled(what: str) -> None:
+    if is_disabled():
+        raise ValueError(
+            f"{what} of an MLACache: its layers are stock, without pages, because "
+            "TORCH_FLASH_MLA_DISABLE is set"
+        )
 
 
 def _of_pages(layer: Any) -> set[str]:
