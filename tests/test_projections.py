@@ -7,6 +7,8 @@ its results depend on their own token, head and sequence alone, and it is one pa
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -232,6 +234,63 @@ def test_nothing_is_rounded_between_the_steps(isa):
             errors[name] += error
             print(f"{isa}, {heads} heads, {cache_format}: {name} {error:.2e}")
     assert errors["step"] < errors["products"]
+
+
+@pytest.mark.parametrize("in_order", [False, True], ids=["products", "streaming"])
+@pytest.mark.parametrize("listed", [False, True], ids=["causal", "listed"])
+def test_many_tokens_come_in_parts(listed, in_order):
+    """More latent rows than are held at once: 96 MiB of them for products, 24 for streaming."""
+    heads, latent, rope, q_len = 2000, 64, 8, 130
+    arguments = decode(torch.float32, heads, (150, 3, 0), q_len, (5, 3, latent, rope))
+    # Ragged: 130 tokens, 1 and none.
+    arguments["q"] = torch.cat([arguments["q"][0], arguments["q"][1, :1]])
+    arguments["cu_seqlens_q"] = torch.tensor([0, q_len, q_len + 1, q_len + 1], dtype=torch.int32)
+    if listed:
+        order = torch.rand(q_len + 1, 150).argsort(dim=1)[:, :20]
+        arguments["indices"] = order.int()
+    torch.use_deterministic_algorithms(in_order)
+    try:
+        out, lse = ops.mla_attention_kv_b(**arguments, form="absorbed")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    few = [0, 1, 777, heads - 1]  # the reference holds keys and values of every head
+    expected, expected_lse = reference.mla_attention_kv_b(
+        **arguments | {"q": arguments["q"][:, few], "w_kv_b": arguments["w_kv_b"][few]}
+    )
+    case = Case(torch_flash_mla.cpu_isa(), "fp32", q_dtype=torch.float32)
+    check(case, out[:, few], lse[few], expected, expected_lse)
+
+
+STEPS = """
+import torch
+from torch_flash_mla import ops
+torch.set_num_threads(1)
+heads, batch = {heads}, {batch}
+q = torch.randn(batch, {q_len}, heads, 192).bfloat16()
+w = torch.randn(heads, 256, 512).bfloat16()
+torch.use_deterministic_algorithms({in_order})
+held = []
+for keys in (1024, 16384):
+    cache = torch.ones(1, keys, 576, dtype=torch.bfloat16).expand(batch, -1, -1)
+    lengths = torch.full((batch,), keys, dtype=torch.int32)
+    for _ in range(2):
+        ops.mla_attention_kv_b(q, cache, None, lengths, w, 128, 0.07, True, form="absorbed")
+    held.append(ops.scratch_bytes())
+print(*held)
+"""
+
+
+@pytest.mark.parametrize(
+    ("heads", "batch", "q_len", "in_order"),
+    [(16, 1, 1, False), (16, 8, 1, False), (4, 1, 900, True)],
+)
+def test_scratch_of_a_step_does_not_depend_on_its_length(heads, batch, q_len, in_order):
+    code = STEPS.format(heads=heads, batch=batch, q_len=q_len, in_order=in_order)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    short, long = map(int, result.stdout.split())
+    assert short == long
+    assert 0 < short < (32 if in_order else 8) << 20
 
 
 FORMS = ["absorbed", "expanded", "auto"]

@@ -3,7 +3,10 @@
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/from_blob.h>
 
+#include <algorithm>
+
 #include "kernels/call/driver.h"
+#include "kernels/call/visible.h"
 #include "ops/checks.h"
 #include "ops/forms.h"
 #include "ops/parallel.h"
@@ -12,16 +15,26 @@ namespace flashmla {
 namespace {
 
 constexpr int64_t kCacheLine = 64;
-constexpr int64_t kKeptBytes = int64_t{24} << 20;  // of latent rows that are kept between calls
 
-// The query tokens of a run: [sequences, q_len]; ragged, one row of them.
-struct RunTokens {
+// Latent queries and results of a call: as many tokens at a time as fit. What streams the weight
+// keeps them in scratch memory; what copies it for a product had better do so once.
+constexpr int64_t kStreamedBytes = int64_t{24} << 20, kMultipliedBytes = int64_t{96} << 20;
+
+// The query tokens of a part of a call: [sequences, q_len]; ragged, one row of them.
+struct PartTokens {
   int64_t sequences, q_len, first;
 
-  explicit RunTokens(const AttentionParams& p)
-      : sequences(p.cu_seqlens_q ? 1 : p.batch),
-        q_len(p.cu_seqlens_q ? p.cu_seqlens_q[p.batch] - p.cu_seqlens_q[0] : p.q_len),
-        first(p.cu_seqlens_q ? p.cu_seqlens_q[0] : 0) {}
+  explicit PartTokens(const AttentionParams& p) : sequences(1), q_len(p.q_len), first(0) {
+    if (p.cu_seqlens_q) {
+      first = p.cu_seqlens_q[0];
+      q_len = p.cu_seqlens_q[p.batch] - first;
+    } else {
+      sequences = p.batch;
+    }
+    if (p.token_end < q_len) q_len = p.token_end;
+    q_len -= p.token_begin;
+    first += p.token_begin;
+  }
 
   int64_t count() const { return sequences * q_len; }
   QueryRows rows(QueryRows all) const {
@@ -30,6 +43,30 @@ struct RunTokens {
   }
 };
 
+// Calls attend(part) for parts of a call of at most `most` query tokens: neighbouring sequences, or
+// tokens of one. The parts of a sequence that has more do not depend on the others.
+template <class Attend>
+void for_each_part(const AttentionParams& p, int64_t most, const Attend& attend) {
+  for (int32_t begin = 0, end = 0; begin < p.batch; begin = end) {
+    int64_t tokens = query_tokens(p, begin).count;
+    for (end = begin + 1; end < p.batch; ++end) {
+      const int64_t next = query_tokens(p, end).count;
+      if (tokens + next > most) break;
+      tokens += next;
+    }
+    AttentionParams part = of_sequences(p, begin, end);
+    if (tokens <= most) {
+      if (tokens > 0) attend(part);
+      continue;
+    }
+    for (int64_t at = 0; at < tokens; at += most) {
+      part.token_begin = static_cast<int32_t>(at);
+      part.token_end = static_cast<int32_t>(std::min(at + most, tokens));
+      attend(part);
+    }
+  }
+}
+
 // Floats of a latent row: an odd number of cache lines, so that rows spread over the L1 cache.
 int64_t latent_row(int64_t latent) {
   constexpr int64_t kLine = kCacheLine / 4;
@@ -37,18 +74,10 @@ int64_t latent_row(int64_t latent) {
 }
 
 void attend_streaming(const AttentionParams& p, const Projections& w) {
-  const RunTokens tokens(p);
+  const PartTokens tokens(p);
   const int64_t row = latent_row(p.cache.latent), floats = 2 * p.heads * tokens.count() * row;
-  const bool kept = floats * 4 <= kKeptBytes;
-  if (!kept && p.batch > 1) {
-    for (int32_t b = 0; b < p.batch; ++b) attend_absorbed(of_sequences(p, b, b + 1), w);
-    return;
-  }
-  const Tensor own = kept ? Tensor() : uninitialised({floats}, at::kFloat);
-  const Executor executor = torch_executor();
-  auto* latents =
-      kept ? reinterpret_cast<float*>(thread_scratch(kLatentRows, static_cast<size_t>(floats) * 4))
-           : own.mutable_data_ptr<float>();
+  auto* latents = reinterpret_cast<float*>(
+      thread_scratch(kLatentRows, static_cast<size_t>(floats) * sizeof(float)));
   ProjectionParams projections = {};
   projections.type = p.q_type;
   projections.heads = p.heads;
@@ -64,21 +93,21 @@ void attend_streaming(const AttentionParams& p, const Projections& w) {
   projections.q_latent = latents;
   projections.out_latent = latents + floats / 2;
   projections.latent_row = static_cast<int32_t>(row);
-  projected_attention(p, projections, thread_plan(), executor);
+  projected_attention(p, projections, thread_plan(), torch_executor());
 }
 
 // Rows of the caller's as a tensor [sequences, q_len, H, width].
-Tensor as_tensor(const QueryRows& rows, const RunTokens& tokens, int64_t heads, int64_t width,
+Tensor as_tensor(const QueryRows& rows, const PartTokens& tokens, int64_t heads, int64_t width,
                  at::ScalarType type) {
-  const QueryRows of_run = tokens.rows(rows);
+  const QueryRows of_part = tokens.rows(rows);
   const auto item = static_cast<int64_t>(at::elementSize(type));
   return at::from_blob(
-      of_run.data, {tokens.sequences, tokens.q_len, heads, width},
-      {of_run.stride[0] / item, of_run.stride[1] / item, of_run.stride[2] / item, 1}, type);
+      of_part.data, {tokens.sequences, tokens.q_len, heads, width},
+      {of_part.stride[0] / item, of_part.stride[1] / item, of_part.stride[2] / item, 1}, type);
 }
 
 // Rows of t [H, tokens, width] under the numbers that tokens have in the call.
-QueryRows rows_by_head(const Tensor& t, const RunTokens& tokens, bool ragged) {
+QueryRows rows_by_head(const Tensor& t, const PartTokens& tokens, bool ragged) {
   const int64_t token = t.size(2) * item_bytes(t), head = t.size(1) * token;
   std::byte* data = const_cast<std::byte*>(bytes(t));
   return {data - tokens.first * token, {ragged ? 0 : tokens.q_len * token, token, head}};
@@ -95,7 +124,7 @@ Tensor project(const Tensor& out_latent, const Tensor& uv) {
 }
 
 void attend_multiplying(AttentionParams p, const Projections& w) {
-  const RunTokens tokens(p);
+  const PartTokens tokens(p);
   const at::ScalarType type = w.w_kv_b.scalar_type();
   const int64_t heads = p.heads;
   const Tensor q = as_tensor(p.q, tokens, heads, w.nope, type);
@@ -117,13 +146,21 @@ void attend_multiplying(AttentionParams p, const Projections& w) {
 }  // namespace
 
 void attend_absorbed(const AttentionParams& p, const Projections& w) {
-  const int64_t tokens = RunTokens(p).count();
-  if (tokens == 0 || p.heads == 0) return;
-  // The kernels' projections give the same bits whatever tokens there are besides.
-  if (p.deterministic || streams_projections(tokens, p.q_type)) {
-    attend_streaming(p, w);
+  const PartTokens tokens(p);
+  if (tokens.count() == 0 || p.heads == 0) return;
+  auto at_once = [](int64_t bytes, int64_t token_bytes) {
+    constexpr int64_t kLeast = 8;
+    return std::max(kLeast, bytes / (2 * token_bytes) / kLeast * kLeast);
+  };
+  // Streaming gives the same bits whatever tokens there are besides.
+  if (p.deterministic || streams_projections(tokens.count(), p.q_type)) {
+    const int64_t token_bytes = p.heads * latent_row(p.cache.latent) * 4;
+    for_each_part(p, at_once(kStreamedBytes, token_bytes),
+                  [&](const AttentionParams& part) { attend_streaming(part, w); });
   } else {
-    attend_multiplying(p, w);
+    const int64_t token_bytes = p.heads * p.cache.latent * size_of(p.q_type);
+    for_each_part(p, at_once(kMultipliedBytes, token_bytes),
+                  [&](const AttentionParams& part) { attend_multiplying(part, w); });
   }
 }
 

@@ -133,20 +133,18 @@ class Expansion {
   // The same by the kernels. What oneDNN and MKL add up in which order depends on the number of
   // threads there are, even where a product has but one.
   void multiply_in_order(const Tensor& uk, const Tensor& uv, int64_t at, int64_t n) {
-    const Tensor weights[] = {uk.stride(2) == 1 ? uk : uk.contiguous(),
-                              uv.stride(2) == 1 ? uv : uv.contiguous()};
-    const Tensor* outputs[] = {&keys_, &values_};
+    const Tensor *weights[] = {&uk, &uv}, *outputs[] = {&keys_, &values_};
     ExpansionParams halves[2] = {};
     for (size_t i = 0; i < 2; ++i) {
       ExpansionParams& e = halves[i];
       e.type = float_type(type_, "rows");
-      e.heads = static_cast<int32_t>(weights[i].size(0));
-      e.width = static_cast<int32_t>(weights[i].size(1));
+      e.heads = static_cast<int32_t>(weights[i]->size(0));
+      e.width = static_cast<int32_t>(weights[i]->size(1));
       e.latent = p_.cache.latent;
       e.tokens = static_cast<int32_t>(n);
       e.rows = bytes(rows_);
       e.row_stride = rows_.stride(0) * item_;
-      e.weight = weight_rows(weights[i]);
+      e.weight = weight_rows(*weights[i]);
       e.out_head_stride = outputs[i]->stride(0) * item_;
       e.out_token_stride = outputs[i]->stride(1) * item_;
       e.out = const_cast<std::byte*>(bytes(*outputs[i])) + at * e.out_token_stride;

@@ -2,6 +2,7 @@
 
     python -m torch_flash_mla.bench roof      instruction roofs of every level, memory bandwidth
     python -m torch_flash_mla.bench decode    new tokens against a cache, beside PyTorch's attention
+    python -m torch_flash_mla.bench step      a decoding step as models call it, weights from memory
     python -m torch_flash_mla.bench prefill   whole prompts, beside PyTorch's attention
     python -m torch_flash_mla.bench append    new tokens into the cache
     python -m torch_flash_mla.bench threads   decode with 1, 2, 4, .. threads
@@ -17,6 +18,8 @@ Examples:
     python -m torch_flash_mla.bench decode --isa all --queries 1,2,4,8 --json rows.json
     python -m torch_flash_mla.bench decode --latent 512 --rope 0       (or --two-tensors)
     python -m torch_flash_mla.bench decode --lengths 65536 --topk 2048
+    python -m torch_flash_mla.bench step --formats bf16,q8_kv --shapes 1x1024,8x1024 --threads 2
+    python -m torch_flash_mla.bench step --against ../another_checkout
     python -m torch_flash_mla.bench prefill --lengths 1,64,512 --history 0,16384 --forms all
     python -m torch_flash_mla.bench decode --against 'other_benchmark {format} {heads} {n_kv}'
 
@@ -65,9 +68,17 @@ class Command:
     quick: tuple[str, str, str] = ("bf16,q8_kv", "16", "1024")  # formats, heads, lengths
 
 
+DEFAULT_SHAPES = "1x1024,1x4096,1x16384,8x1024"
+
 COMMANDS = {
     "roof": Command(suites.roofs, "instruction roofs and memory"),
     "decode": Command(suites.decode, "decode: mla_attention"),
+    "step": Command(
+        suites.step,
+        "decoding step: mla_attention_kv_b, weights from memory",
+        lengths="1",  # see --shapes
+        quick=("bf16,q8_kv", "16", "1"),
+    ),
     "prefill": Command(
         suites.prefill,
         "prompts: mla_attention_kv_b, useful work",
@@ -121,6 +132,17 @@ def _counts(text: str) -> tuple[int, ...]:
     return numbers
 
 
+def _shapes(text: str) -> tuple[tuple[int, int], ...]:
+    """Parses "8x1024,1x4096": sequences and keys of each."""
+    shapes = []
+    for part in text.split(","):
+        batch, _, n_kv = part.partition("x")
+        if not (batch.isdecimal() and n_kv.isdecimal() and int(batch) > 0 and int(n_kv) > 0):
+            raise argparse.ArgumentTypeError(f"{part!r}: expected SEQUENCESxKEYS, such as 8x1024")
+        shapes.append((int(batch), int(n_kv)))
+    return tuple(shapes)
+
+
 def _isas(text: str) -> tuple[str, ...]:
     if text == "auto":
         return (torch_flash_mla.cpu_isa(),)
@@ -155,16 +177,21 @@ def parser() -> argparse.ArgumentParser:
             continue
         p.add_argument("--formats", type=_names(cases.FORMATS), metavar="LIST",
                        help=f"default {command.formats}; of {','.join(cases.FORMATS)}")  # fmt: skip
-        p.add_argument("--lengths", type=_numbers, metavar="LIST",
-                       help=f"{'new' if name in ('append', 'prefill') else 'cached'} tokens, "
-                       "default "
-                       f"{command.lengths}")  # fmt: skip
+        if name == "step":
+            p.add_argument("--shapes", type=_shapes, metavar="LIST",
+                           help=f"sequences x keys, default {DEFAULT_SHAPES}")  # fmt: skip
+            p.add_argument("--against", default="", metavar="PATH",
+                           help="the root of another build of this package")  # fmt: skip
+        else:
+            p.add_argument("--lengths", type=_numbers, metavar="LIST",
+                           help=f"{'new' if name in ('append', 'prefill') else 'cached'} tokens, "
+                           f"default {command.lengths}")  # fmt: skip
         p.add_argument("--latent", type=int, default=512, help="width of the latent (512)")
         p.add_argument("--rope", type=int, default=64, help="width of the rope part (64)")
         if name == "append":
             continue
         p.add_argument("--heads", type=_numbers, metavar="LIST", help=f"default {command.heads}")
-        if name == "threads":
+        if name in ("threads", "step"):
             continue
         p.add_argument("--onednn-rows", type=int, default=0, metavar="N",
                        help="query rows of a block from which on the level onednn makes its "
@@ -211,6 +238,7 @@ def options_of(arguments: argparse.Namespace) -> suites.Options:
         history=given.get("history", (0,)),
         baseline=not given.get("no_baseline", False),
         against=given.get("against", ""),
+        shapes=given.get("shapes") or _shapes("1x256" if arguments.quick else DEFAULT_SHAPES),
         effort=Effort(
             arguments.rounds or (1 if arguments.quick else 5),
             arguments.seconds or (0.05 if arguments.quick else 0.2),
@@ -224,6 +252,8 @@ def _expected_rows(command: str, options: suites.Options) -> int | None:
     each = len(options.formats) * len(options.lengths) * len(options.isas)
     if command == "decode":
         return each * len(options.heads) * len(options.queries)
+    if command == "step":
+        return len(options.formats) * len(options.isas) * len(options.heads) * len(options.shapes)
     if command == "prefill":
         return each * len(options.history) * len(options.heads) * len(options.forms)
     return each if command == "append" else None

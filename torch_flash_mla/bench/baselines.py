@@ -7,15 +7,21 @@ PyTorch has no quantised latent cache: its contenders read dense rows of the que
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
 
 import torch
 from torch.nn import functional
 
-from torch_flash_mla.bench.cases import Decode, Prefill, query_dtype
+from torch_flash_mla.bench.cases import Decode, Prefill, Step, query_dtype
+from torch_flash_mla.bench.measure import Effort
 
 # What the formats are called in other benchmarks; the best of them counts.
 LABELS = {
@@ -94,3 +100,83 @@ def rate_of_command(command: str, format_name: str, **values: object) -> float:
             raise RuntimeError(f"--against: {line!r} failed:\n{done.stderr[-2000:]}")
         best = max([best, *(float(x) for x in re.findall(r"([\d.]+) GF/s", done.stdout))])
     return best
+
+
+class OtherBuild:
+    """The step of a case by another build of this package, in a process of its own.
+
+    A context; each call is one turn, and ``seconds`` the best of them. While it has no turn the
+    process waits. Without a path it does nothing.
+
+    Args:
+        path: the folder that holds the other ``torch_flash_mla``, or "".
+    """
+
+    def __init__(self, path: str, case: Step, effort: Effort) -> None:
+        self._path, self._case, self._effort = path, case, effort
+        self._process: subprocess.Popen[str] | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self.seconds = 0.0
+
+    def __enter__(self) -> OtherBuild:
+        if not self._path:
+            return self
+        root = Path(self._path).resolve()
+        if not (root / "torch_flash_mla" / "__init__.py").exists():
+            raise SystemExit(f"--against: {self._path!r} holds no torch_flash_mla")
+        self._folder = tempfile.TemporaryDirectory()
+        inputs = Path(self._folder.name) / "step.pt"
+        case, effort = self._case, self._effort
+        torch.save(
+            {
+                "root": str(root),
+                "threads": torch.get_num_threads(),
+                "tensors": case.tensors(),
+                "scalars": case.scalars(),
+                "mebibytes": case.mebibytes,
+                "effort": (effort.rounds, effort.seconds, effort.least),
+            },
+            inputs,
+        )
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("other_build.py")), str(inputs)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=root,
+        )
+        self._turn()  # warm up
+        return self
+
+    def __call__(self) -> None:
+        if self._process is not None:
+            self.seconds = min(self.seconds or math.inf, self._turn())
+
+    def _turn(self) -> float:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write("turn\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it ended: the answer is missing too
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"--against: the build in {self._path!r} failed, see above")
+        return float(answer)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._process is not None:
+            assert self._process.stdin is not None
+            assert self._process.stdout is not None
+            self._process.stdin.close()
+            self._process.stdout.close()
+            self._process.wait()
+        if self._folder is not None:
+            self._folder.cleanup()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -192,6 +193,73 @@ class Decode:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One new token of each sequence, from the model's own queries to its values.
+
+    Each call takes the next of several weights, as the layers of a model follow one another: when
+    its turn comes again, a weight has left the caches.
+    """
+
+    cache: PagedCache
+    heads: int
+    mebibytes: int  # of all weights together
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a call needs, with one weight."""
+        cache, dims = self.cache, self.cache.dims
+        dtype = query_dtype(cache.format_name)
+        torch.manual_seed(1)
+        batch = len(cache.cache_seqlens)
+        q = torch.randn(batch, 1, self.heads, dims.nope + dims.rope).to(dtype)
+        return {
+            "q": q,
+            "kv_cache": cache.kv_cache,
+            "block_table": cache.block_table,
+            "cache_seqlens": cache.cache_seqlens,
+            "w_kv_b": _weight(self.heads, dims, dtype),
+        }
+
+    def scalars(self) -> dict[str, Any]:
+        """The other arguments."""
+        dims = self.cache.dims
+        return {
+            "head_dim_v": dims.value,
+            "softmax_scale": dims.scale,
+            "causal": True,
+            "kv_cache_dtype": self.cache.kv_cache_dtype,
+        }
+
+    def call(self) -> Callable[[], object]:
+        return rotating_step(ops.mla_attention_kv_b, self.tensors(), self.scalars(), self.mebibytes)
+
+    @property
+    def weight_bytes(self) -> int:
+        dims = self.cache.dims
+        item = query_dtype(self.cache.format_name).itemsize
+        return self.heads * (dims.nope + dims.value) * dims.latent * item
+
+
+def rotating_step(
+    attention: Callable[..., object],
+    tensors: dict[str, Tensor],
+    scalars: dict[str, Any],
+    mebibytes: int,
+) -> Callable[[], object]:
+    """Calls of mla_attention_kv_b that go through copies of the weight, so many MiB of them."""
+    rest = dict(tensors)
+    weight = rest.pop("w_kv_b")
+    copies = max(1, mebibytes * 2**20 // weight.nbytes)
+    weights = itertools.cycle(weight.expand(copies, -1, -1, -1).contiguous().unbind())
+    return lambda: attention(w_kv_b=next(weights), **rest, **scalars)
+
+
+def _weight(heads: int, dims: Dims, dtype: torch.dtype) -> Tensor:
+    """kv_b_proj's, [H, P + V, L]."""
+    w = torch.randn(heads, dims.nope + dims.value, dims.latent) * dims.latent**-0.5
+    return w.to(dtype)
+
+
+@dataclass(frozen=True)
 class Prefill:
     """New tokens of sequences, causal, from the model's own queries to its values."""
 
@@ -224,9 +292,7 @@ class Prefill:
 
     def weight(self) -> Tensor:
         """kv_b_proj's, [H, P + V, L]."""
-        dims = self.cache.dims
-        w = torch.randn(self.heads, dims.nope + dims.value, dims.latent) * dims.latent**-0.5
-        return w.to(query_dtype(self.cache.format_name))
+        return _weight(self.heads, self.cache.dims, query_dtype(self.cache.format_name))
 
     @property
     def flop(self) -> float:

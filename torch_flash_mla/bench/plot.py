@@ -95,6 +95,45 @@ def _decode(figure: Any, rows: list[Row]) -> None:
     figure.legend(*handles, loc="outside upper right", ncols=8, fontsize=8, frameon=False)
 
 
+def _step(figure: Any, rows: list[Row]) -> None:
+    """Where the time of a step goes: attention, reading the weight, the rest."""
+    panels = _distinct(rows, "isa", "heads")
+    axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True).flat
+    parts = {"attention alone": SHADES[0], "weight, plain read": SHADES[1], "the rest": SHADES[3]}
+    for ax, (isa, heads) in zip(axes, panels, strict=True):
+        part = _matching(rows, isa=isa, heads=heads)
+        shapes, formats = _distinct(part, "batch", "n_kv"), _distinct(part, "format")
+        width = 0.84 / len(formats)
+        for row in part:
+            group = shapes.index((row["batch"], row["n_kv"]))
+            x = group + (formats.index(row["format"]) - (len(formats) - 1) / 2) * width
+            floor = row["attention"] + row["weight"]
+            pieces = (row["attention"], row["weight"], max(0.0, row["seconds"] - floor))
+            bottom = 0.0
+            for seconds, shade in zip(pieces, parts.values(), strict=True):
+                share = seconds / max(row["seconds"], floor)
+                ax.bar(x, share, width * 0.92, bottom=bottom, color=shade)
+                bottom += share
+            label = f"{row['format']}  {1e3 * row['seconds']:.3g} ms"
+            ax.annotate(
+                label, (x, 0), (0, 4), textcoords="offset points", ha="center", va="bottom",
+                rotation=90, fontsize=7, color="white",
+            )  # fmt: skip
+            ax.annotate(
+                f"{row['floor_share']:.0%}", (x, 1), (0, 2), textcoords="offset points",
+                ha="center", va="bottom", fontsize=7,
+            )  # fmt: skip
+        ax.set_xticks(range(len(shapes)), [f"{b} x {n} keys" for b, n in shapes])
+        ax.set_ylim(0, 1.12)
+        ax.set_yticks([0, 0.5, 1], ["0", "50 %", "100 %"])
+        ax.set_title(f"{heads} heads, {isa}: part of the time, above it that of the floor",
+                     fontsize=10)  # fmt: skip
+    for name, shade in parts.items():
+        axes[0].bar(0, 0, color=shade, label=name)
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper right", ncols=3, fontsize=8, frameon=False)
+
+
 def _prefill(figure: Any, rows: list[Row]) -> None:
     panels = _distinct(rows, "format", "heads", "history")
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True).flat
@@ -156,6 +195,7 @@ def _threads(figure: Any, rows: list[Row]) -> None:
 _PICTURES = {
     "roof": _roof,
     "decode": _decode,
+    "step": _step,
     "prefill": _prefill,
     "append": _append,
     "threads": _threads,
@@ -170,6 +210,8 @@ def write_plot(path: str, command: str, title: str, where: dict[str, Any], rows:
     tall = 1
     if command == "decode":
         tall = -(-len(_distinct(rows, "isa", "n_kv", "queries")) // 3)
+    elif command == "step":
+        tall = len(_distinct(rows, "isa", "heads"))
     figure = Figure(figsize=(9, 1 + 3.4 * tall), dpi=150, layout="constrained")
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     _PICTURES[command](figure, rows)

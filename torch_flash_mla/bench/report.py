@@ -44,9 +44,14 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "tensors": ("tensors", str),
     "threads": ("threads", str),
     "seconds": ("time", duration),
+    "attention": ("attention alone", duration),
+    "weight": ("weight, read", duration),
     "seconds_per_token": ("per token", duration),
     "gflops": ("GFLOP/s", "{:.0f}".format),
     "gbs": ("GB/s", "{:.1f}".format),
+    "floor_share": ("% of floor", "{:.0%}".format),
+    "other": ("other build", duration),
+    "times_other": ("speed-up", "{:.2f}x".format),
     "share": ("% of roof", "{:.0%}".format),
     "roof_gflops": ("roof", "{:.0f}".format),
     "torch_gflops": ("torch", "{:.0f}".format),
@@ -102,7 +107,7 @@ def print_table(console: Console, title: str, rows: list[Row]) -> None:
     keys = [key for key in keys if any(row.get(key) != DULL.get(key, ...) for row in rows)]
     table = Table(title=title, title_justify="left")
     for key in keys:
-        style = "bold" if key == "share" else None
+        style = "bold" if key in ("share", "floor_share") else None
         justify = "left" if key in TEXT else "right"
         table.add_column(COLUMNS[key][0], justify=justify, style=style)  # type: ignore[arg-type]
     for row in rows:

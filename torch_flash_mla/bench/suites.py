@@ -2,7 +2,7 @@
 
 Rates are in 1e9 per second, durations in seconds. ``share`` is the part of the instruction roof
 that a rate reaches, the roof measured in the same seconds; ``torch`` columns hold PyTorch's own
-attention (see ``baselines``), ``against`` an external command.
+attention (see ``baselines``), ``against`` an external command, ``other`` another build.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Options:
     history: tuple[int, ...]
     baseline: bool
     against: str
+    shapes: tuple[tuple[int, int], ...]  # sequences and keys of a step
     effort: Effort
     memory: int  # MiB to read for the memory roof
 
@@ -169,6 +170,49 @@ def decode(options: Options) -> Iterator[Row]:
                 if "empty" in seconds:
                     row["above"] = seconds[isa] - seconds["empty"]
                 yield _compare(row, against)
+
+
+def step(options: Options) -> Iterator[Row]:
+    """A decoding step of mla_attention_kv_b, the operator that models call, weights from memory.
+
+    Beside it, in the same seconds: attention alone (mla_attention, of ready queries), and a plain
+    read of memory (``Tensor.sum``). The floor is the time of attention plus that of reading the
+    weight once at the pace of the plain read; ``floor_share`` is the part of a step's time that the
+    floor takes. --against names the root of another build of this package: the same step there, in
+    a process of its own that takes its turn (``other``).
+    """
+    read_bytes, read = roof.memory_reader(options.memory)
+    for heads, (batch, n_kv) in itertools.product(options.heads, options.shapes):
+        for format_name in options.formats:
+            cache = cases.paged_cache(format_name, [n_kv] * batch, options.dims)
+            case = cases.Step(cache, heads, options.memory)
+            call, alone = case.call(), cases.Decode(cache, heads).call()
+            contenders: dict[Hashable, Callable[[], object]] = {"read": read}
+            for isa in options.isas:
+                contenders[isa, "step"] = roof.on_level(isa, call)
+                contenders[isa, "attention"] = roof.on_level(isa, alone)
+            with baselines.OtherBuild(options.against, case, options.effort) as other:
+                seconds = race(contenders, options.effort, other)
+            bandwidth = read_bytes / seconds["read"]
+            for isa in options.isas:
+                took, attention = seconds[isa, "step"], seconds[isa, "attention"]
+                weight = case.weight_bytes / bandwidth
+                row: Row = {
+                    "format": format_name,
+                    "isa": isa,
+                    "heads": heads,
+                    "batch": batch,
+                    "n_kv": n_kv,
+                    "seconds": took,
+                    "attention": attention,
+                    "weight": weight,
+                    "gbs": bandwidth / 1e9,
+                    "floor_share": (attention + weight) / took,
+                }
+                if other.seconds:
+                    row["other"] = other.seconds
+                    row["times_other"] = other.seconds / took
+                yield row
 
 
 def prefill(options: Options) -> Iterator[Row]:

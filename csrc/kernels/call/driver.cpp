@@ -270,7 +270,7 @@ void projected_attention(AttentionParams p, const ProjectionParams& projections,
   if (projections.tokens == 0 || p.heads == 0) return;
   // The latent rows of a head are neighbours, under the numbers that tokens have in the call.
   const int64_t row = static_cast<int64_t>(projections.latent_row) * 4;
-  const int64_t before = p.cu_seqlens_q ? p.cu_seqlens_q[0] * row : 0;
+  const int64_t before = ((p.cu_seqlens_q ? p.cu_seqlens_q[0] : 0) + p.token_begin) * row;
   const int64_t sequence = p.cu_seqlens_q ? 0 : projections.q_len * row;
   auto rows = [&](float* latent) {
     return QueryRows{reinterpret_cast<std::byte*>(latent) - before,

@@ -69,8 +69,10 @@ struct AttentionParams {
   int32_t q_len;                // Sq; ragged: of the longest sequence
   int32_t heads;                // H
   const int32_t* cu_seqlens_q;  // [B + 1]: sequence b has query tokens [cu[b], cu[b + 1]); or null
-  ScalarType q_type;            // of the caller's queries: of q_pe, and what the arithmetic follows
-  ScalarType q_main_type;       // of q: q_type, or f32 where a projection made them
+  // Of the query tokens of each sequence, those outside take no part (a call over a part of them).
+  int32_t token_begin = 0, token_end = INT32_MAX;
+  ScalarType q_type;       // of the caller's queries: of q_pe, and what the arithmetic follows
+  ScalarType q_main_type;  // of q: q_type, or f32 where a projection made them
   ScalarType out_type;
   QueryRows q;     // [B, Sq, H, L]
   QueryRows q_pe;  // [B, Sq, H, R]

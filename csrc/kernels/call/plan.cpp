@@ -55,8 +55,10 @@ template <class Visit>
 void for_each_block(const AttentionParams& p, BlockShape shape, Visit visit) {
   // Index lists differ from token to token: the rows of a block share one.
   for (int32_t b = 0; b < p.batch; ++b) {
-    const int32_t rows = p.heads * query_tokens(p, b).count, span = p.indices ? p.heads : rows;
-    for (int32_t r = 0; r < rows; r += span) {
+    const int32_t tokens = std::min(query_tokens(p, b).count, p.token_end);
+    const int32_t first = p.heads * p.token_begin, rows = p.heads * tokens;
+    const int32_t span = p.indices ? p.heads : rows - first;
+    for (int32_t r = first; r < rows; r += span) {
       for (int32_t begin = r; begin < r + span; begin += shape.rows) {
         const int32_t end = std::min(r + span, begin + shape.rows);
         visit(Block{b, begin, end, visible_keys(p, b, begin / p.heads, (end - 1) / p.heads + 1)});
