@@ -109,13 +109,13 @@ void attend_multiplying(AttentionParams p, const Projections& w) {
   // fp16 may overflow.
   const at::ScalarType working = type == at::kHalf ? at::kFloat : type;
   const Tensor by_head = q.movedim(2, 0).reshape({heads, tokens.count(), w.uk.size(1)});
-  const Tensor q_latent = at::bmm(by_head.to(working), w.uk.to(working));
+  const Tensor q_latent = at::bmm(by_head.to(working), dense_rows(w.uk.to(working)));
   const Tensor out_latent = uninitialised(q_latent.sizes(), working);
   p.q_main_type = p.out_type = float_type(working, "q");
   p.q = rows_by_head(q_latent, tokens, p.cu_seqlens_q != nullptr);
   p.out = rows_by_head(out_latent, tokens, p.cu_seqlens_q != nullptr);
   attention(p, thread_plan(), torch_executor());
-  const Tensor values = project(out_latent, w.uv.to(working));
+  const Tensor values = project(out_latent, dense_rows(w.uv.to(working)));
   out.copy_(values.view({heads, tokens.sequences, tokens.q_len, value}).movedim(0, 2));
 }
 

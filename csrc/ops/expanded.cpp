@@ -15,6 +15,7 @@
 #include "kernels/call/visible.h"
 #include "ops/checks.h"
 #include "ops/forms.h"
+#include "ops/interrupt.h"
 #include "ops/parallel.h"
 
 namespace flashmla {
@@ -63,7 +64,7 @@ class Expansion {
     const int64_t part =
         fit == 0 ? std::max(kBufferBytes / key_bytes, kKeyMultiple) / kKeyMultiple * kKeyMultiple
                  : count;
-    for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t g = 0; g < groups && !interrupted(); ++g) {
       const auto first = static_cast<int32_t>(p_.heads * g / groups),
                  last = static_cast<int32_t>(p_.heads * (g + 1) / groups);
       if (count <= part) {
@@ -83,9 +84,9 @@ class Expansion {
     make_buffer(rope_, 1, count, rope_row_);
     const int64_t chunk = std::min(count, kGatherTokens), width = latent + p_.cache.rope;
     if (!rows_.defined() || rows_.size(0) < chunk) rows_ = uninitialised({chunk, width}, type_);
-    const Tensor uk = w_.uk.narrow(0, part.first_head, part.heads).to(type_);
-    const Tensor uv = w_.uv.narrow(0, part.first_head, part.heads).to(type_);
-    for (int64_t at = 0; at < count; at += chunk) {
+    const Tensor uk = dense_rows(w_.uk.narrow(0, part.first_head, part.heads).to(type_));
+    const Tensor uv = dense_rows(w_.uv.narrow(0, part.first_head, part.heads).to(type_));
+    for (int64_t at = 0; at < count && !interrupted(); at += chunk) {
       const int64_t n = std::min(chunk, count - at);
       GatherParams g = {};
       g.batch = 1;
@@ -217,7 +218,7 @@ class Expansion {
       stride[2] = 1;
     }
     attend_part(one, {keys.begin, keys.begin + step, first_head, heads}, &so_far);
-    for (int64_t at = int64_t{keys.begin} + step; at < keys.end; at += step) {
+    for (int64_t at = int64_t{keys.begin} + step; at < keys.end && !interrupted(); at += step) {
       const auto begin = static_cast<int32_t>(at),
                  end = static_cast<int32_t>(std::min<int64_t>(at + step, keys.end));
       attend_part(one, {begin, end, first_head, heads}, &next);

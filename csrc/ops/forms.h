@@ -17,6 +17,14 @@ struct Projections {
   Tensor uv;  // [H, V, L]
 };
 
+// A weight as products of ATen take it: rows that share memory, or whose values are apart, are not
+// what BLAS understands by a matrix.
+inline Tensor dense_rows(const Tensor& w) {
+  const bool dense =
+      (w.size(-1) <= 1 || w.stride(-1) == 1) && (w.size(-2) <= 1 || w.stride(-2) >= w.size(-1));
+  return dense ? w : w.contiguous();
+}
+
 // The parameters of sequences [begin, end) of a call. Ragged tokens keep their numbers.
 AttentionParams of_sequences(const AttentionParams& p, int32_t begin, int32_t end);
 

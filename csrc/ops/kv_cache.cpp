@@ -8,6 +8,7 @@
 #include "kernels/call/driver.h"
 #include "ops/cache_arguments.h"
 #include "ops/checks.h"
+#include "ops/interrupt.h"
 #include "ops/parallel.h"
 
 namespace flashmla {
@@ -111,7 +112,9 @@ Tensor gather_cache(const Tensor& kv_cache, const OptionalTensor& block_table,
   p.cache = cache.view;
   p.cache_seqlens = sequences.cache_seqlens.data();
   p.out = static_cast<std::byte*>(out.mutable_data_ptr());
+  const InterruptibleCall interruptible;
   gather(p, torch_executor());
+  InterruptibleCall::finish({out});
   return out;
 }
 

@@ -8,6 +8,7 @@
 #include "ops/attention_arguments.h"
 #include "ops/checks.h"
 #include "ops/forms.h"
+#include "ops/interrupt.h"
 
 namespace flashmla {
 namespace {
@@ -55,6 +56,7 @@ std::tuple<Tensor, Tensor> mla_attention_kv_b(
   AttentionParams& p = attention.params;
   const Projections w = {w_kv_b.narrow(1, 0, nope), w_kv_b.narrow(1, nope, head_dim_v)};
   const FormDims dims = {static_cast<int32_t>(nope), static_cast<int32_t>(head_dim_v)};
+  const InterruptibleCall interruptible;
   const Tensor out = make_out(queries, head_dim_v), lse = make_lse(p, queries);
   p.q_type = p.q_main_type = p.out_type = float_type(q.scalar_type(), "q");
   p.q = queries.main_rows();
@@ -65,6 +67,7 @@ std::tuple<Tensor, Tensor> mla_attention_kv_b(
     for (end = begin + 1; end < p.batch && form_of(p, end, form, dims) == run;) ++end;
     (run == Form::kAbsorbed ? attend_absorbed : attend_expanded)(of_sequences(p, begin, end), w);
   }
+  InterruptibleCall::finish({out, lse});
   return {out, lse};
 }
 

@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <exception>
 
+#include "ops/interrupt.h"
 #include "ops/onednn.h"
 #include "ops/ops.h"
 
@@ -76,7 +77,7 @@ std::byte* thread_scratch(int slot, size_t bytes) {
 
 Executor torch_executor() {
   return {at::in_parallel_region() ? 1 : at::get_num_threads(), parallel_for, thread_scratch,
-          onednn_engine()};
+          onednn_engine(), interrupted};
 }
 
 Plan& thread_plan() {

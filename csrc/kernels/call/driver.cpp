@@ -53,6 +53,22 @@ void store_scalar(ScalarType type, std::byte* p, int64_t i, float x) {
   }
 }
 
+// Whether the rest of a call is left out: it was interrupted, or a part of it threw.
+class LeftOut {
+ public:
+  explicit LeftOut(const Executor& executor) : interrupted_(executor.interrupted) {}
+
+  bool operator()() {
+    if (interrupted_ != nullptr && interrupted_()) set();
+    return left_out_.load(std::memory_order_relaxed);
+  }
+  void set() { left_out_.store(true, std::memory_order_relaxed); }
+
+ private:
+  bool (*interrupted_)();
+  std::atomic<bool> left_out_ = false;
+};
+
 // A part of a call that begins when all before it is complete: so many tasks, in any order.
 struct Step {
   int64_t tasks;
@@ -70,7 +86,7 @@ Step step(int64_t tasks, const Body& body) {
 // late keeps nobody waiting, and one with a task of the next step waits for those under way.
 class Steps {
  public:
-  explicit Steps(std::span<const Step> steps) : steps_(steps) {}
+  Steps(std::span<const Step> steps, LeftOut& left_out) : steps_(steps), left_out_(left_out) {}
 
   void run(const Executor& executor) {
     int64_t most = 0;
@@ -83,7 +99,7 @@ class Steps {
       return;
     }
     for (const Step& s : steps_) {
-      for (int64_t i = 0; i < s.tasks; ++i) s.run(i, s.context);
+      for (int64_t i = 0; i < s.tasks && !left_out_(); ++i) s.run(i, s.context);
     }
   }
 
@@ -99,8 +115,7 @@ class Steps {
       }
       wait_for(before);
       const Done done(*this);
-      if (!failed_.load(std::memory_order_relaxed))
-        steps_[step].run(task - before, steps_[step].context);
+      if (!left_out_()) steps_[step].run(task - before, steps_[step].context);
     }
   }
 
@@ -117,7 +132,7 @@ class Steps {
     Done(const Done&) = delete;
     Done& operator=(const Done&) = delete;
     ~Done() {
-      if (std::uncaught_exceptions() > exceptions) steps.failed_ = true;
+      if (std::uncaught_exceptions() > exceptions) steps.left_out_.set();
       steps.done_.fetch_add(1, std::memory_order_release);
     }
     Steps& steps;
@@ -125,8 +140,8 @@ class Steps {
   };
 
   std::span<const Step> steps_;
+  LeftOut& left_out_;
   std::atomic<int64_t> taken_ = 0, done_ = 0;
-  std::atomic<bool> failed_ = false;
 };
 
 // Executes an item; rows that ask for it, alone (attention.h).
@@ -180,13 +195,14 @@ void run_attention(const AttentionParams& p, const ProjectionParams* projections
                               : reinterpret_cast<float*>(executor.scratch(1, partial_bytes));
   };
   float* all_partials = plan.own_partials ? nullptr : partial_results();
+  LeftOut left_out(executor);
   auto attend_items = [&](int64_t w) {
     const auto begin = static_cast<size_t>(plan.worker_begin[static_cast<size_t>(w)]);
     const auto end = static_cast<size_t>(plan.worker_begin[static_cast<size_t>(w) + 1]);
     if (begin == end) return;
     std::byte* scratch = executor.scratch(0, scratch_bytes);
     float* partials = plan.own_partials ? partial_results() : all_partials;
-    for (size_t i = begin; i < end; ++i) {
+    for (size_t i = begin; i < end && !left_out(); ++i) {
       const WorkItem& item = plan.items[i];
       attend(table, p, shape, item, executor.engine, partials, scratch);
       const bool last = i + 1 == end || plan.items[i + 1].partial <= item.partial;
@@ -206,7 +222,7 @@ void run_attention(const AttentionParams& p, const ProjectionParams* projections
              merge_step = step(int64_t{merges} * merge_parts, merge);
   if (projections == nullptr) {
     const Step steps[] = {attend_step, merge_step};
-    return Steps(steps).run(executor);
+    return Steps(steps, left_out).run(executor);
   }
   const ProjectionTasks tasks(p.heads, executor.workers);
   const size_t bytes = table.projection_scratch(*projections);
@@ -220,7 +236,7 @@ void run_attention(const AttentionParams& p, const ProjectionParams* projections
   };
   const Step steps[] = {step(tasks.tasks, project_queries), attend_step, merge_step,
                         step(tasks.tasks, project_values)};
-  Steps(steps).run(executor);
+  Steps(steps, left_out).run(executor);
 }
 
 }  // namespace
@@ -254,8 +270,12 @@ void append(const AppendParams& p, const Executor& executor) {
 }
 
 void gather(const GatherParams& p, const Executor& executor) {
+  constexpr int64_t kRows = 4096;  // between looks
+  LeftOut left_out(executor);
   run_rows(executor, p.batch * p.max_seqlen, [&](int64_t begin, int64_t end) {
-    kernels().gather_rows(p, begin, end, row_scratch(executor, p.cache));
+    float* row = row_scratch(executor, p.cache);
+    for (int64_t at = begin; at < end && !left_out(); at += kRows)
+      kernels().gather_rows(p, at, std::min(at + kRows, end), row);
   });
 }
 

@@ -19,6 +19,9 @@ struct Executor {
   // calls. `slot`, 0 or 1, tells apart the two buffers that the driver holds at once.
   std::byte* (*scratch)(int slot, size_t bytes);
   const MatrixEngine* engine = nullptr;  // or null: levels that would use one do without
+  // Whether the rest of the work is to be left out, results being whatever they are; or null.
+  // Asked between items, on every thread.
+  bool (*interrupted)() = nullptr;
 };
 
 void attention(const AttentionParams& params, Plan& plan, const Executor& executor);

@@ -12,11 +12,16 @@ NaN instead of silent garbage.
 
 Continuations of one prompt share its pages: ``fork`` makes them from a cache that holds the prompt,
 ``share_prompt`` announces a prompt that comes several times at once. ``save`` and ``load`` keep a
-prompt on disk (``cache.py`` stores the pages, this file the other layers and what model it was).
+prompt on disk (``cache.py`` stores the pages, ``layer_state.py`` the other layers, this file what
+model it was).
+
+What concerns whole sequences is done in the layers that stayed stock first, and in the pages last:
+they change at once or not at all, and if they do not, the other layers are put back.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -36,7 +41,9 @@ from transformers.cache_utils import (
 )
 
 from torch_flash_mla import _cache_file, ops
-from torch_flash_mla.cache import PagedLatentCache
+from torch_flash_mla._integers import integer, integers
+from torch_flash_mla.cache import MOST_SEQUENCES, MOST_TOKENS, PagedLatentCache
+from torch_flash_mla.integrations.transformers import layer_state
 from torch_flash_mla.integrations.transformers.compat import CACHE_ARGUMENT as CACHE_ARGUMENT
 from torch_flash_mla.integrations.transformers.compat import STORES_NOTHING
 from torch_flash_mla.integrations.transformers.fingerprint import (
@@ -189,15 +196,20 @@ class LatentPages(Pages, CacheLayerMixin):
             )
         if key_states.device.type != "cpu":
             raise ValueError(f"MLACache lives on the CPU, got keys on {key_states.device}")
+        before = self.pages.paged
+        try:
+            paged = self.pages.allocate(key_states.shape[0], key_states.dtype)
+            paged.define_layer(self.index, key_states.shape[3], value_states.shape[3])
+            self._make_carrier(key_states.dtype)
+        except BaseException:
+            self.pages.paged = before
+            raise
         self.dtype, self.device = key_states.dtype, key_states.device
-        paged = self.pages.allocate(key_states.shape[0], key_states.dtype)
-        paged.define_layer(self.index, key_states.shape[3], value_states.shape[3])
-        self._make_carrier()
         self.is_initialized = True
 
-    def _make_carrier(self) -> None:
+    def _make_carrier(self, dtype: torch.dtype) -> None:
         with torch.inference_mode(False):
-            self._nan = torch.full((), float("nan"), dtype=self.dtype)
+            self._nan = torch.full((), float("nan"), dtype=dtype)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -212,7 +224,10 @@ class LatentPages(Pages, CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         batch, _, tokens, _ = key_states.shape
         paged = self._paged
-        if self.is_leader:
+        rows = key_states[:, 0].to(paged.dtype), value_states[:, 0].to(paged.dtype)
+        if not self.is_leader:
+            paged.append(self.index, *rows)
+        else:
             if paged.batch == 0 and batch > paged.max_batch:  # reset, then used with more sequences
                 paged.reset(batch)
             if paged.batch not in (0, batch):
@@ -220,13 +235,20 @@ class LatentPages(Pages, CacheLayerMixin):
                     f"the cache holds {paged.batch} sequences, but {batch} came: use fork(n) for n "
                     "continuations of each, or reset() to begin anew"
                 )
-            paged.reserve(batch, tokens, self._copies(tokens))
-        paged.append(
-            self.index, key_states[:, 0].to(paged.dtype), value_states[:, 0].to(paged.dtype)
-        )
+            compiling = torch.compiler.is_compiling()
+            with contextlib.nullcontext() if compiling else paged.unchanged_on_error():
+                paged.reserve(batch, tokens, self._copies(tokens))
+                paged.append(self.index, *rows)
         self.keys, self.values = self._carriers()
         # Not self.keys itself: a cycle would keep the pages until the garbage collector comes.
         return self.carriers(self._nan, paged.batch, self._carrier_length())
+
+    def _restore_carriers(self) -> None:
+        """What the first ``update`` makes, for a layer from a file."""
+        if 0 in self.dims()[:1] or self.dtype is None:
+            raise ValueError(f"pool.{self.index}: missing, or without a dtype")
+        self._make_carrier(self.dtype)
+        self.keys, self.values = self._carriers()
 
     def _carriers(self) -> tuple[Tensor, Tensor]:
         """NaN tensors with the shapes of what is stored."""
@@ -234,34 +256,17 @@ class LatentPages(Pages, CacheLayerMixin):
         latent, rope = self.dims()
         return self._nan.expand(*shape, latent), self._nan.expand(*shape, rope)
 
+    # Sequences come and go for all layers at once: MLACache does it.
+
     def reset(self) -> None:
         self.keys = self.values = None
         self.pages.copies = 1
-        if self.is_leader and self.pages.paged is not None:
-            self.pages.paged.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last ``-tokens_to_remove`` tokens of every sequence."""
-        if tokens_to_remove > 0:
-            raise ValueError(
-                f"crop takes a number of tokens to remove, 0 or negative, got {tokens_to_remove}"
-            )
-        if self.is_leader and tokens_to_remove < 0 and self._filled:
-            self._paged.truncate((self.cache_seqlens() + tokens_to_remove).clamp(min=0))
+        """Nothing to do here."""
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        if self.is_leader and self._filled:
-            self._paged.reorder(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_leader and self._filled:
-            self._paged.fork(repeats)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        if self.is_leader and self._filled:
-            if indices.dtype == torch.bool:
-                indices = indices.nonzero()[:, 0]
-            self._paged.reorder(indices)
+        """Nothing to do here."""
 
     def offload(self) -> None:
         """Nothing to do: the pages are in main memory."""
@@ -343,6 +348,7 @@ class MLACache(Cache):
             ``fork`` will make of fewer.
 
     Raises:
+        TypeError: a size that is no integer.
         ValueError: a size, format or dtype that cannot be, or layers that turn out not to be MLA;
             mostly at the first use, which shows dims and dtype.
     """
@@ -357,8 +363,8 @@ class MLACache(Cache):
         layers: Iterable[int] | None = None,
         max_batch: int = 1,
     ) -> None:
-        if block_size < 1:
-            raise ValueError(f"block_size: got {block_size}, expected at least 1")
+        block_size = integer("block_size", block_size, 1, MOST_TOKENS)
+        max_batch = integer("max_batch", max_batch, 1, MOST_SEQUENCES)
         text_config = config.get_text_config(decoder=True)
         arguments: dict[str, int] = {}
         ours: dict[type, type[LatentPages]]
@@ -369,12 +375,13 @@ class MLACache(Cache):
                 DynamicIndexedLayer: GrowingIndexedLatentLayer,
             }
         else:
+            max_cache_len = integer("max_cache_len", max_cache_len, 1, MOST_TOKENS)
             # Whole pages: masks, carriers and pages then agree on the width.
             max_cache_len = -(-max_cache_len // block_size) * block_size
             arguments["max_cache_len"] = max_cache_len
             stock = StaticCache(text_config, max_cache_len).layers
             ours = {StaticLayer: FixedLatentLayer, StaticIndexedLayer: FixedIndexedLatentLayer}
-        wanted = set(range(len(stock)) if layers is None else layers)
+        wanted = set(range(len(stock)) if layers is None else integers("layers", layers, 0))
         replaced = [i for i, layer in enumerate(stock) if i in wanted and type(layer) in ours]
         self.pages = _SharedPages(
             len(replaced), dtype, kv_cache_dtype, block_size, max_cache_len, max_batch
@@ -420,12 +427,13 @@ class MLACache(Cache):
         ``batch_select_indices`` and ``crop`` lead back to the prompt.
 
         Raises:
+            TypeError: ``n`` is no integer.
             ValueError: ``n`` below 1, an empty cache, or more sequences than the ``max_batch`` of a
-                cache with ``max_cache_len``. Nothing has changed then.
+                cache with ``max_cache_len``.
+            RuntimeError, MemoryError: no memory. Nothing has changed, whatever was raised.
         """
         paged = self.pages.paged
-        if n < 1:
-            raise ValueError(f"n: got {n}, expected at least 1")
+        n = integer("n", n, 1, MOST_SEQUENCES)
         if paged is None or paged.batch == 0:
             raise ValueError("fork of an empty cache: run the prompt through the model first")
         if paged.max_blocks is not None and paged.batch * n > paged.max_batch:
@@ -442,17 +450,43 @@ class MLACache(Cache):
         :meth:`fork`. Of use for growing caches only; ``generate()`` of a patched model does it for
         ``num_return_sequences`` and beams.
         """
+        copies = integer("copies", copies, 1, MOST_SEQUENCES)
+        tokens = integer("tokens", tokens, 0, MOST_TOKENS)
         self.pages.copies, self.pages.copied_tokens = copies, tokens
         self._shared_prefix = (copies, tokens) if copies > 1 else None
 
     # transformers has reorder_cache for every kind of layer, the other two only for some.
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        with layer_state.unchanged_on_error(self.layers):
+            super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+            for layer in self.layers:
+                if hasattr(layer, "batch_size"):  # static layers remember it
+                    layer.batch_size = len(beam_idx)
+            if self.pages.paged is not None and self.batch_size > 0:
+                self.pages.paged.reorder(beam_idx)
         self._shared_prefix = None
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        for layer in self.layers:
-            if hasattr(layer, "batch_size"):  # static layers remember it
-                layer.batch_size = len(beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last ``-tokens_to_remove`` tokens of every sequence.
+
+        Raises:
+            TypeError: no integer.
+            ValueError: a positive one.
+            RuntimeError: a layer of transformers that cannot go back; or no memory (MemoryError
+                too). Nothing has changed, whatever was raised.
+        """
+        tokens_to_remove = integer("tokens_to_remove", tokens_to_remove)
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop takes a number of tokens to remove, 0 or negative, got {tokens_to_remove}"
+            )
+        with layer_state.unchanged_on_error(self.layers):
+            super().crop(tokens_to_remove)
+            paged = self.pages.paged
+            if tokens_to_remove < 0 and paged is not None:
+                lengths = paged.cache_seqlens[: paged.batch] + tokens_to_remove
+                paged.truncate(lengths.clamp(min=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.batch_size > 0:
@@ -463,6 +497,8 @@ class MLACache(Cache):
             self.fork(repeats)
 
     def reset(self) -> None:
+        if self.pages.paged is not None:
+            self.pages.paged.reset()  # what may fail comes first
         self._shared_prefix = None
         super().reset()
 
@@ -521,103 +557,78 @@ class MLACache(Cache):
         paged = self.pages.paged
         if paged is None or paged.batch == 0:
             raise ValueError("save of an empty cache: run the prompt through the model first")
-        pages, tensors = paged.snapshot()
+        pages, contents = paged.snapshot()
         header = {
             "pages": pages,
             "model": fingerprint(model),
             "shared_prefix": self._shared_prefix,
             "layers": [i for i, layer in enumerate(self.layers) if isinstance(layer, LatentPages)],
             "states": [
-                {"class": type(layer).__name__, **_state_of(layer, f"layer.{i}", tensors)}
+                layer_state.encode(layer, f"layer.{i}", _of_pages(layer), contents)
                 for i, layer in enumerate(self.layers)
             ],
         }
-        _cache_file.write(path, "MLACache", header, tensors)
+        _cache_file.write(path, "MLACache", header, contents)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: Any, mmap: bool = True) -> MLACache:
+    def load(
+        cls, path: str | os.PathLike[str], model: Any, mmap: bool = False, verify: bool = True
+    ) -> MLACache:
         """The cache of a file that :meth:`save` wrote. It can grow, be cropped, forked and saved;
         the file stays as it is.
 
         Args:
             path: the file.
             model: the model that will continue; it must be the one that filled the cache.
-            mmap: see :meth:`torch_flash_mla.PagedLatentCache.load`.
+            mmap: map the file instead of reading it; see
+                :meth:`torch_flash_mla.PagedLatentCache.load`.
+            verify: compare every tensor with its checksum; see there.
 
         Raises:
-            OSError: the file cannot be opened.
+            OSError: the file cannot be opened or read.
             ValueError: no such file, of another version, damaged, or made by another model; the
-                message says how the models differ.
+                message says where, or how the models differ.
+            RuntimeError, MemoryError: no memory for it.
         """
-        header, tensors = _cache_file.read(path, "MLACache")
-        with _cache_file.decoding(path):
-            different = difference(header["model"], fingerprint(model))
-        if different is not None:
-            raise ValueError(f"{os.fspath(path)}: a cache of another model: {different}")
-        with _cache_file.decoding(path):
-            paged = PagedLatentCache.from_snapshot(header["pages"], tensors, mmap)
+        with _cache_file.opened(path, "MLACache", mmap, verify) as (header, tensors):
+            fields = _cache_file.Fields(header)
+            different = difference(dict(fields.mapping("model")), fingerprint(model))
+            if different is not None:
+                raise _cache_file.RefusedFile(f"a cache of another model: {different}")
+            paged = PagedLatentCache.from_snapshot(fields.mapping("pages"), tensors)
+            config = decoder_config(model)
             cache = cls(
-                decoder_config(model),
+                config,
                 paged.kv_cache_dtype,
                 paged.max_cache_len,
                 paged.block_size,
                 paged.dtype,
-                header["layers"],
+                fields.integers("layers", 0, config.num_hidden_layers - 1),
                 paged.max_batch,
             )
             if cache.pages.num_layers != paged.num_layers:
                 raise ValueError(f"pools of {paged.num_layers} of {cache.pages.num_layers} layers")
+            if paged.batch == 0:
+                raise ValueError("lengths: no sequences")
             cache.pages.paged = paged
             if header["shared_prefix"] is not None:
-                copies, prefix = map(int, header["shared_prefix"])
+                copies, prefix = fields.integers("shared_prefix", 0, MOST_TOKENS)
+                if copies == 0 or paged.batch % copies:
+                    raise ValueError(f"shared_prefix: {copies} copies in a batch of {paged.batch}")
                 cache._shared_prefix = copies, prefix
-            for layer, state in zip(cache.layers, header["states"], strict=True):
-                if state["class"] != type(layer).__name__:
-                    raise ValueError(f"a {state['class']} for a {type(layer).__name__}")
-                vars(layer).update(_decode(state["values"], tensors, mmap))
+            states = fields.sequence("states")
+            if len(states) != len(cache.layers):
+                raise ValueError(f"states: of {len(states)} of {len(cache.layers)} layers")
+            for i, (layer, state) in enumerate(zip(cache.layers, states, strict=True)):
+                attributes = layer_state.decode(
+                    layer, f"layer.{i}", _of_pages(layer), state, tensors, paged.batch
+                )
+                vars(layer).update(attributes)
                 if isinstance(layer, LatentPages) and layer.is_initialized:
-                    layer._make_carrier()
-                    layer.keys, layer.values = layer._carriers()
+                    layer._restore_carriers()
         return cache
 
 
-def _state_of(layer: Any, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The attributes of a cache layer as JSON; tensors among them go to ``tensors``."""
-    kept = {
-        key: value
-        for key, value in vars(layer).items()
-        if not (isinstance(layer, LatentPages) and key in _OF_PAGES)
-    }
-    try:
-        return {"values": _encode(kept, name, tensors)}
-    except TypeError as error:
-        raise ValueError(f"{name}: a {type(layer).__name__} cannot be stored: {error}") from error
-
-
-def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """A value as JSON: plain ones as they are, others as a one-entry dict that names their kind."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, Tensor):
-        tensors[name] = value
-        return {"tensor": name}
-    if isinstance(value, torch.dtype):
-        return {"dtype": str(value).removeprefix("torch.")}
-    if isinstance(value, torch.device):
-        return {"device": str(value)}
-    if isinstance(value, dict):
-        return {"dict": [[k, _encode(v, f"{name}.{k}", tensors)] for k, v in value.items()]}
-    raise TypeError(f"{name} is a {type(value).__name__}")
-
-
-def _decode(value: Any, tensors: _cache_file.StoredTensors, mmap: bool) -> Any:
-    if not isinstance(value, dict):
-        return value
-    ((kind, content),) = value.items()
-    if kind == "tensor":
-        return tensors[content] if mmap else tensors[content].clone()
-    if kind == "dtype":
-        return getattr(torch, content)
-    if kind == "device":
-        return torch.device(content)
-    return {key: _decode(entry, tensors, mmap) for key, entry in content}
+def _of_pages(layer: Any) -> set[str]:
+    """Attributes of a layer that stand for its pages: no file holds them."""
+    return _OF_PAGES if isinstance(layer, LatentPages) else set()
