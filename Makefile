@@ -3,6 +3,7 @@
 #   make setup        virtual environment .venv, torch, the package built in place
 #   make demo         generates text with the tiny model, then times one attention layer
 #   make test         the fast tests;  make test SLOW=1: all but the exhaustive ones
+#   make test-transformers    patched models against stock in several releases of transformers
 #   make lint         ruff, mypy, clang-format;  make format repairs what they can
 #   make bench        rate of the operator per cache format, beside the instruction roof and PyTorch
 #   make docs         build/docs/index.html; warnings are errors
@@ -23,7 +24,9 @@ PYTEST_ARGS ?=
 STAMPS := $(VENV)/stamps
 NATIVE := setup.py CMakeLists.txt $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.map')
 
-.PHONY: setup demo test lint format bench docs wheel clean
+VERSIONS ?= 5.15.0 5.16.1 5.18.0 5.20.2 5.22.2 5.24.0
+
+.PHONY: setup demo test test-transformers lint format bench docs wheel clean
 setup: $(STAMPS)/build $(STAMPS)/install
 
 demo: setup
@@ -32,6 +35,10 @@ demo: setup
 
 test: setup
 	$(PY) -m pytest $(SELECT) $(PYTEST_ARGS)
+
+# README=1 also writes the list of families in README.md.
+test-transformers: setup
+	$(PY) tools/test_transformers.py $(VERSIONS) $(if $(README),--readme)
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -30,7 +30,7 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- families -->\n", "<!-- end of families -->\n"
 # Everything but the deliberate faults, which say something about the comparison.
 TESTS = ("tests/test_transformers.py", "-k", "not fault")
-ALSO_KNOWN_AS = {"deepseek_v3": "Kimi K2", "kimi_k25": "Kimi K2.5"}
+ALSO = {"deepseek_v3": "Kimi K2", "kimi_k25": "Kimi K2.5"}
 
 
 @dataclass
@@ -108,7 +108,7 @@ def families_section(results: list[Result]) -> str:
     ]
     for version, names in since.items():
         if names:
-            named = [f"{n} ({ALSO_KNOWN_AS[n]})" if n in ALSO_KNOWN_AS else n for n in names]
+            named = [f"`{n}`" + (f" ({ALSO[n]})" if n in ALSO else "") for n in names]
             item = f"- {version}: {', '.join(named)}"
             lines.append(textwrap.fill(item, 100, subsequent_indent="  ", break_on_hyphens=False))
     return "\n".join(lines) + "\n"
