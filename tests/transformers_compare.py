@@ -188,8 +188,9 @@ def check_mode(model: PreTrainedModel, mode: Mode) -> None:
     for cache in {STOCK_OF[cache] for cache in mode.caches}:
         try:
             stock[cache] = generate(model, mode, cache, assistant)
-        except ValueError as error:
-            if mode.assisted and "stateful" in str(error):
+        except (ValueError, RuntimeError) as error:
+            # Recurrent states cannot go back; up to 5.17 an assistant's cache may outgrow the text.
+            if mode.assisted and re.search("stateful|tensor of 0 elements", str(error)):
                 pytest.skip(f"transformers: {error}")
             raise
     with patched(model):
