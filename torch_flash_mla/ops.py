@@ -345,6 +345,11 @@ def scratch_bytes() -> int:
     return torch.ops.flashmla._scratch_bytes()
 
 
+def parallel_regions() -> int:
+    """Parallel regions that the operators have begun in this process, those of ATen aside."""
+    return torch.ops.flashmla._parallel_regions()
+
+
 def onednn_stats() -> tuple[int, int, float]:
     """What the level ``onednn`` did in this process, on all threads.
 

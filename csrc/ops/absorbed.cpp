@@ -30,11 +30,6 @@ struct RunTokens {
   }
 };
 
-WeightRows weight_rows(const Tensor& w) {
-  const int64_t item = item_bytes(w);
-  return {bytes(w), {w.stride(0) * item, w.stride(1) * item, w.stride(2) * item}};
-}
-
 // Floats of a latent row: an odd number of cache lines, so that rows spread over the L1 cache.
 int64_t latent_row(int64_t latent) {
   constexpr int64_t kLine = kCacheLine / 4;
@@ -59,11 +54,11 @@ void attend_streaming(const AttentionParams& p, const Projections& w) {
   projections.heads = p.heads;
   projections.tokens = static_cast<int32_t>(tokens.count());
   projections.q_len = static_cast<int32_t>(tokens.q_len);
-  projections.nope = static_cast<int32_t>(w.uk.size(1));
+  projections.nope = w.nope;
   projections.latent = p.cache.latent;
-  projections.value = static_cast<int32_t>(w.uv.size(1));
-  projections.uk = weight_rows(w.uk);
-  projections.uv = weight_rows(w.uv);
+  projections.value = w.value;
+  projections.uk = projections.uv = weight_rows(w.w_kv_b);
+  projections.uv.data += w.nope * projections.uv.stride[1];
   projections.q = tokens.rows(p.q);
   projections.out = tokens.rows(p.out);
   projections.q_latent = latents;
@@ -101,22 +96,22 @@ Tensor project(const Tensor& out_latent, const Tensor& uv) {
 
 void attend_multiplying(AttentionParams p, const Projections& w) {
   const RunTokens tokens(p);
-  const at::ScalarType type = w.uk.scalar_type();
-  const int64_t heads = p.heads, value = w.uv.size(1);
-  const Tensor q = as_tensor(p.q, tokens, heads, w.uk.size(1), type);
-  const Tensor out = as_tensor(p.out, tokens, heads, value, type);
+  const at::ScalarType type = w.w_kv_b.scalar_type();
+  const int64_t heads = p.heads;
+  const Tensor q = as_tensor(p.q, tokens, heads, w.nope, type);
+  const Tensor out = as_tensor(p.out, tokens, heads, w.value, type);
   // ATen's fp16 products are slow on CPUs without fp16 arithmetic, and a latent query rounded to
   // fp16 may overflow.
   const at::ScalarType working = type == at::kHalf ? at::kFloat : type;
-  const Tensor by_head = q.movedim(2, 0).reshape({heads, tokens.count(), w.uk.size(1)});
-  const Tensor q_latent = at::bmm(by_head.to(working), dense_rows(w.uk.to(working)));
+  const Tensor by_head = q.movedim(2, 0).reshape({heads, tokens.count(), w.nope});
+  const Tensor q_latent = at::bmm(by_head.to(working), dense_rows(w.uk().to(working)));
   const Tensor out_latent = uninitialised(q_latent.sizes(), working);
   p.q_main_type = p.out_type = float_type(working, "q");
   p.q = rows_by_head(q_latent, tokens, p.cu_seqlens_q != nullptr);
   p.out = rows_by_head(out_latent, tokens, p.cu_seqlens_q != nullptr);
   attention(p, thread_plan(), torch_executor());
-  const Tensor values = project(out_latent, dense_rows(w.uv.to(working)));
-  out.copy_(values.view({heads, tokens.sequences, tokens.q_len, value}).movedim(0, 2));
+  const Tensor values = project(out_latent, dense_rows(w.uv().to(working)));
+  out.copy_(values.view({heads, tokens.sequences, tokens.q_len, w.value}).movedim(0, 2));
 }
 
 }  // namespace

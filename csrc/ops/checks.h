@@ -162,6 +162,12 @@ std::vector<T> copied(const at::Tensor& t) {
   return values;
 }
 
+// [H, rows, L], a part of w_kv_b.
+inline WeightRows weight_rows(const at::Tensor& w) {
+  const int64_t item = item_bytes(w);
+  return {bytes(w), {w.stride(0) * item, w.stride(1) * item, w.stride(2) * item}};
+}
+
 // [B, Sq, H, width], or ragged [T, H, width], as the kernels take it. They write through `out`
 // tensors only.
 inline QueryRows query_rows(const at::Tensor& t) {

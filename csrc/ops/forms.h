@@ -11,10 +11,14 @@
 
 namespace flashmla {
 
-// The parts of w_kv_b.
+// The two halves of w_kv_b. Narrowed tensors are for those who need tensors: making them takes
+// longer than all checks of a call.
 struct Projections {
-  Tensor uk;  // [H, P, L]
-  Tensor uv;  // [H, V, L]
+  const Tensor& w_kv_b;  // [H, P + V, L]
+  int32_t nope, value;   // P and V
+
+  Tensor uk() const { return w_kv_b.narrow(1, 0, nope); }
+  Tensor uv() const { return w_kv_b.narrow(1, nope, value); }
 };
 
 // A weight as products of ATen take it: rows that share memory, or whose values are apart, are not
@@ -40,10 +44,7 @@ const char* expanded_arithmetic(ScalarType q);
 
 // The cheaper form of a sequence, by a model of the cost (form.cpp).
 enum class Form : uint8_t { kAbsorbed, kExpanded };
-struct FormDims {
-  int32_t nope, value;  // P and V
-};
-Form cheaper_form(const AttentionParams& p, int32_t sequence, FormDims dims);
+Form cheaper_form(const AttentionParams& p, int32_t sequence, const Projections& w);
 
 // Whether the absorbed form of so many query tokens reads the weight row by row (form.cpp).
 bool streams_projections(int64_t tokens, ScalarType type);

@@ -79,11 +79,12 @@ TORCH_LIBRARY(flashmla, m) {
       "Tensor, Tensor, Tensor, Tensor)");
 
   // For tests and reports: the instruction set in use, those this machine can run, forcing one (""
-  // is the best), and the scratch memory held by all threads.
+  // is the best), the scratch memory held by all threads, and the parallel regions begun until now.
   m.def("_isa() -> str", &flashmla::isa);
   m.def("_isas() -> str[]", &flashmla::isas);
   m.def("_force_isa(str name) -> ()", &flashmla::set_isa);
   m.def("_scratch_bytes() -> int", &flashmla::scratch_bytes);
+  m.def("_parallel_regions() -> int", &flashmla::parallel_regions);
 
   // Bytes of one token in a packed format, for the C++ interface; Python has formats.row_bytes.
   m.def("_row_bytes(str kv_cache_dtype, int latent_dim, int rope_dim) -> int",

@@ -61,7 +61,8 @@ double roof(std::string_view arithmetic, int64_t iterations);
 AttentionOperator allocate;
 AppendOperator append_nothing;
 
-// Bytes of scratch that all threads together hold (parallel.cpp).
+// Bytes of scratch that all threads together hold; parallel regions begun until now (parallel.cpp).
 int64_t scratch_bytes();
+int64_t parallel_regions();
 
 }  // namespace flashmla

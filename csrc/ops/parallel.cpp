@@ -17,7 +17,7 @@ namespace flashmla {
 namespace {
 
 constexpr size_t kAlignment = 64;  // a cache line
-std::atomic<int64_t> total_scratch = 0;
+std::atomic<int64_t> total_scratch = 0, all_regions = 0;
 
 // One growing buffer of one thread.
 class Buffer {
@@ -56,6 +56,7 @@ class Buffer {
 // runs the same pool, but makes text of exceptions: they are carried past it.
 void parallel_for(int64_t count, void (*body)(int64_t i, void* context), void* context) {
   if (count == 1) return body(0, context);
+  all_regions.fetch_add(1, std::memory_order_relaxed);
   std::exception_ptr failure;
   std::atomic<bool> failed = false;
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
@@ -86,5 +87,6 @@ Plan& thread_plan() {
 }
 
 int64_t scratch_bytes() { return total_scratch; }
+int64_t parallel_regions() { return all_regions; }
 
 }  // namespace flashmla

@@ -7,7 +7,6 @@
 #include <cmath>
 #include <exception>
 #include <limits>
-#include <span>
 #include <thread>
 
 #include "kernels/arithmetic/numeric.h"
@@ -261,6 +260,16 @@ void projected_attention(AttentionParams p, const ProjectionParams& projections,
   p.out = rows(projections.out_latent);
   p.q_main_type = p.out_type = ScalarType::kF32;
   run_attention(p, &projections, plan, executor);
+}
+
+void expand(std::span<const ExpansionParams> params, const Executor& executor) {
+  const KernelTable& table = kernels();
+  const auto count = static_cast<int64_t>(params.size());
+  run(executor, count * params[0].heads, [&](int64_t i) {
+    const ExpansionParams& p = params[static_cast<size_t>(i % count)];
+    table.expand(p, static_cast<int32_t>(i / count), executor.engine,
+                 executor.scratch(0, table.expansion_scratch(p)));
+  });
 }
 
 void append(const AppendParams& p, const Executor& executor) {

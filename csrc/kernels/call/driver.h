@@ -3,6 +3,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 #include "kernels/call/matrix_engine.h"
 #include "kernels/call/params.h"
@@ -28,6 +29,8 @@ void attention(const AttentionParams& params, Plan& plan, const Executor& execut
 // The same between projections: p lacks the main part of queries, and the output.
 void projected_attention(AttentionParams p, const ProjectionParams& projections, Plan& plan,
                          const Executor& executor);
+// Several expansions of as many heads.
+void expand(std::span<const ExpansionParams> params, const Executor& executor);
 void append(const AppendParams& params, const Executor& executor);
 void gather(const GatherParams& params, const Executor& executor);
 void merge_states(const MergeParams& params, const Executor& executor);

@@ -33,6 +33,10 @@ struct KernelTable {
                           std::byte* scratch);
   void (*project_values)(const ProjectionParams& p, int32_t parts, int64_t begin, int64_t end,
                          std::byte* scratch);
+  // A head of an expansion (expand.h). `engine` and `scratch`: as for attend.
+  size_t (*expansion_scratch)(const ExpansionParams& p);
+  void (*expand)(const ExpansionParams& p, int32_t head, const MatrixEngine* engine,
+                 std::byte* scratch);
   // Rows [begin, end) of an append or of a gather; `row`: L + R floats of scratch.
   void (*append_rows)(const AppendParams& p, int64_t begin, int64_t end, float* row);
   void (*gather_rows)(const GatherParams& p, int64_t begin, int64_t end, float* row);

@@ -128,6 +128,21 @@ struct ProjectionParams {
   int32_t latent_row;           // floats from a row to the next
 };
 
+// Keys or values of heads from rows of the latent: out[h][t] = weight[h] rows[t]. All of one type:
+// f32, or bf16 where the level multiplies it.
+struct ExpansionParams {
+  ScalarType type;
+  int32_t heads, width;  // H, and the values of a result
+  int32_t latent;        // L, whole words
+  int32_t tokens;
+  const std::byte* rows;  // [tokens, L]; memory goes on to a multiple of kExpandedTokens
+  int64_t row_stride;     // bytes
+  WeightRows weight;      // [H, width, L], values are neighbours
+  std::byte* out;         // [H, tokens, width]
+  int64_t out_head_stride, out_token_stride;  // bytes
+};
+constexpr int32_t kExpandedTokens = 128;
+
 // Writes tokens into the cache. Token i goes to slot slot_mapping[i] = block * block_size + offset;
 // -1 skips it.
 struct AppendParams {

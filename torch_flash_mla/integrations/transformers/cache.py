@@ -1,14 +1,14 @@
 """MLACache: a transformers Cache that keeps the latents of MLA layers in pages.
 
-The layers of one model share a :class:`~torch_flash_mla.cache.PagedLatentCache`: its first layer
-(the *leader*) reserves room for a step and does what concerns whole sequences (reorder, crop,
-select); the others only write their rows. Layers that are not MLA (sliding window, linear
-attention, shared KV) stay those of transformers.
+The layers of one model share a :class:`~torch_flash_mla.cache.PagedLatentCache`: the one that comes
+first (the *leader*: layer 0, or the first of a pipeline stage) reserves room for a step and does
+what concerns whole sequences (reorder, crop, select); the others only write their rows. Layers that
+are not MLA (sliding window, linear attention, shared KV) stay those of transformers.
 
 ``update()`` has to return tensors, but the pages are no tensors of a shape that transformers knows.
 It returns *carriers*: NaN tensors of the expected shape that take no memory and point to their
-cache layer. The attention function of a patched layer follows the pointer; an unpatched one yields
-NaN instead of silent garbage.
+cache layer. The attention function of a patched layer follows the pointer and says so; an unpatched
+one yields NaN, and the next ``update()`` refuses to go on.
 
 Continuations of one prompt share its pages: ``fork`` makes them from a cache that holds the prompt,
 ``share_prompt`` announces a prompt that comes several times at once. ``save`` and ``load`` keep a
@@ -51,6 +51,7 @@ from torch_flash_mla.integrations.transformers.fingerprint import (
     difference,
     fingerprint,
 )
+from torch_flash_mla.integrations.transformers.selection import is_disabled, teach_selection
 
 _CARRIER = "_mla_cache_layer"
 _OF_PAGES = {"pages", "index", "keys", "values", "_nan"}  # attributes that no file holds
@@ -134,6 +135,9 @@ class _SharedPages:
         self.max_cache_len = max_cache_len
         self.max_batch = max_batch
         self.copies, self.copied_tokens = 1, 0  # rows that come equal, for how many tokens
+        self.leader: int | None = None  # index of the layer that comes first in a step
+        self.written: set[int] = set()  # layers that have their rows of the present step
+        self.carrier_is_out = False  # no attention has taken it yet
         self.paged: PagedLatentCache | None = None
 
     def allocate(self, batch: int, dtype: torch.dtype) -> PagedLatentCache:
@@ -166,7 +170,10 @@ class LatentPages(Pages, CacheLayerMixin):
 
     @property
     def is_leader(self) -> bool:
-        return self.index == 0
+        return self.index == (0 if self.pages.leader is None else self.pages.leader)
+
+    def take(self) -> None:
+        self.pages.carrier_is_out = False
 
     # What the attention function reads
 
@@ -209,7 +216,7 @@ class LatentPages(Pages, CacheLayerMixin):
 
     def _make_carrier(self, dtype: torch.dtype) -> None:
         with torch.inference_mode(False):
-            self._nan = torch.full((), float("nan"), dtype=dtype)
+            self._nan = torch.full((), float("nan"), dtype=dtype, device="cpu")
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -219,7 +226,20 @@ class LatentPages(Pages, CacheLayerMixin):
         Raises:
             ValueError: keys with several heads (the layer is not MLA), or not on the CPU; another
                 number of sequences than the cache holds; a row that does not fit ``max_cache_len``.
+            RuntimeError: the carriers of the last update were not taken (the model is not patched);
+                or another layer begins a step than before.
         """
+        if self.pages.carrier_is_out:
+            raise RuntimeError(
+                "the keys of an MLACache went to an attention that cannot read its pages: call "
+                "torch_flash_mla.patch(model) first, or select attn_implementation='mla_cpu'; a "
+                "model that stays stock needs a cache of transformers. (If a call was interrupted, "
+                "reset() the cache.)"
+            )
+        if self.pages.leader is None:
+            self.pages.leader = self.index
+        if not torch.compiler.is_compiling():
+            self._note_step()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         batch, _, tokens, _ = key_states.shape
@@ -240,6 +260,7 @@ class LatentPages(Pages, CacheLayerMixin):
                 paged.reserve(batch, tokens, self._copies(tokens))
                 paged.append(self.index, *rows)
         self.keys, self.values = self._carriers()
+        self.pages.carrier_is_out = True
         # Not self.keys itself: a cycle would keep the pages until the garbage collector comes.
         return self.carriers(self._nan, paged.batch, self._carrier_length())
 
@@ -249,6 +270,17 @@ class LatentPages(Pages, CacheLayerMixin):
             raise ValueError(f"pool.{self.index}: missing, or without a dtype")
         self._make_carrier(self.dtype)
         self.keys, self.values = self._carriers()
+
+    def _note_step(self) -> None:
+        """Refuses rows of a step that the leader has not begun: there is no room for them."""
+        if self.is_leader:
+            self.pages.written.clear()
+        elif self.index in self.pages.written:
+            raise RuntimeError(
+                f"pool {self.index} of an MLACache got rows twice since pool {self.pages.leader}, "
+                "which came first, got any: a cache serves one model, or the same part of it"
+            )
+        self.pages.written.add(self.index)
 
     def _carriers(self) -> tuple[Tensor, Tensor]:
         """NaN tensors with the shapes of what is stored."""
@@ -261,6 +293,7 @@ class LatentPages(Pages, CacheLayerMixin):
     def reset(self) -> None:
         self.keys = self.values = None
         self.pages.copies = 1
+        self.pages.carrier_is_out = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Nothing to do here."""
@@ -334,7 +367,8 @@ class MLACache(Cache):
     """A cache for ``generate()`` and ``model.forward`` of a patched model.
 
     It stores values, not the graph that made them: train without a cache, or with one of
-    transformers.
+    transformers. With ``TORCH_FLASH_MLA_DISABLE=1`` every layer is that of transformers, so that
+    programs which make a cache run on stock models.
 
     Args:
         config: the model's config (or that of its text part): decides which layers are replaced.
@@ -382,6 +416,10 @@ class MLACache(Cache):
             stock = StaticCache(text_config, max_cache_len).layers
             ours = {StaticLayer: FixedLatentLayer, StaticIndexedLayer: FixedIndexedLatentLayer}
         wanted = set(range(len(stock)) if layers is None else integers("layers", layers, 0))
+        if is_disabled():
+            wanted = set()
+        else:
+            teach_selection()  # the model may select the attention by its name
         replaced = [i for i, layer in enumerate(stock) if i in wanted and type(layer) in ours]
         self.pages = _SharedPages(
             len(replaced), dtype, kv_cache_dtype, block_size, max_cache_len, max_batch
@@ -406,14 +444,21 @@ class MLACache(Cache):
     @property
     def batch_size(self) -> int:
         """Sequences that the cache holds; -1 before the first use."""
+        if self.pages.num_layers == 0:  # all layers are stock
+            keys = (getattr(layer, "keys", None) for layer in self.layers)
+            return next((len(x) for x in keys if isinstance(x, Tensor)), -1)
         paged = self.pages.paged
         return paged.batch if paged is not None and paged.batch else -1
 
     @property
-    def has_only_pages(self) -> bool:
-        """Whether every layer that stores something stores pages: no sliding windows or recurrent
-        states, which cannot go back."""
-        return all(isinstance(layer, (LatentPages, *STORES_NOTHING)) for layer in self.layers)
+    def can_forget(self) -> bool:
+        """Whether every layer that stores something can forget its last tokens: no sliding windows
+        or recurrent states."""
+        return all(
+            isinstance(layer, (LatentPages, *STORES_NOTHING))
+            or type(layer) in (DynamicLayer, StaticLayer)
+            for layer in self.layers
+        )
 
     # Several continuations of one prompt
 
@@ -432,17 +477,17 @@ class MLACache(Cache):
                 cache with ``max_cache_len``.
             RuntimeError, MemoryError: no memory. Nothing has changed, whatever was raised.
         """
-        paged = self.pages.paged
+        paged, batch = self.pages.paged, self.batch_size
         n = integer("n", n, 1, MOST_SEQUENCES)
-        if paged is None or paged.batch == 0:
+        if batch < 1:
             raise ValueError("fork of an empty cache: run the prompt through the model first")
-        if paged.max_blocks is not None and paged.batch * n > paged.max_batch:
+        if paged is not None and paged.max_blocks is not None and paged.batch * n > paged.max_batch:
             raise ValueError(
                 f"n: got {n} for a batch of {paged.batch}, but the cache of fixed size was made "
                 f"for {paged.max_batch} sequences: MLACache(..., max_batch={paged.batch * n})"
             )
-        self.reorder_cache(torch.arange(paged.batch).repeat_interleave(n))
-        self._shared_prefix = n, int(paged.cache_seqlens[0])
+        self.reorder_cache(torch.arange(batch, device="cpu").repeat_interleave(n))
+        self._shared_prefix = n, int(self.get_seq_length())
 
     def share_prompt(self, copies: int, tokens: int) -> None:
         """Announces that the rows of the next forward passes come as ``copies`` equal ones in a
@@ -499,6 +544,7 @@ class MLACache(Cache):
     def reset(self) -> None:
         if self.pages.paged is not None:
             self.pages.paged.reset()  # what may fail comes first
+        self.pages.leader = None
         self._shared_prefix = None
         super().reset()
 
