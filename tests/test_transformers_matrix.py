@@ -13,30 +13,28 @@ activations (they ask for a GPU), FP8 weights that stay FP8 (their kernels are T
 from __future__ import annotations
 
 import copy
-import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from programs import ROOT, run
-from torch import Tensor, nn
+from torch import Tensor
 from transformers_cases import mla_layers
 from transformers_compare import CACHES, TOLERANCE, OpCalls, prompt, rounding_cache
 from wrapped_models import (
     CHANGES,
     EXPANDED,
     WRAPPED,
+    gradients,
+    lora_being_trained,
     plain_model,
-    shake,
     wrapped_model,
-    with_adapter,
 )
 
 import torch_flash_mla
-from torch_flash_mla.integrations.transformers import MLACache, patch, patched, unpatch
+from torch_flash_mla.integrations.transformers import patch, patched, unpatch
 from torch_flash_mla.integrations.transformers.compat import CACHE_ARGUMENT
 
 pytestmark = pytest.mark.slow
@@ -70,15 +68,10 @@ def distance(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).abs().max() / expected.abs().max())
 
 
-def inner_model(model: nn.Module) -> Any:
-    """The model of transformers inside a wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def stock_logits(model: Any, kv_cache_dtype: str, **arguments: Any) -> tuple[Tensor, float]:
     """Right values for a cache of that format, and how far others may be from them: once in a while
     a latent that differs in its last bit is rounded to the neighbouring code."""
-    inner = inner_model(model)
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     exact = logits(model, CACHES["DynamicCache"](inner), **arguments)
     if kv_cache_dtype == "auto":
         return exact, TOLERANCE
@@ -100,8 +93,7 @@ def test_wrapped(name: str, kv_cache_dtype: str, tmp_path: Path) -> None:
     layers = len(mla_layers(model))
     assert calls.count == (0 if case.way_of_call == EXPANDED else layers * len(STEPS))
     assert distance(actual, expected) <= bound
-    assert distance(logits(model, CACHES["DynamicCache"](inner_model(model)), **case.arguments),
-                    stock_logits(model, "auto", **case.arguments)[0]) == 0  # as it was
+    assert torch.equal(stock_logits(model, kv_cache_dtype, **case.arguments)[0], expected)
 
 
 @pytest.mark.parametrize("kv_cache_dtype", FORMATS)
@@ -122,3 +114,73 @@ def test_changed_after_a_call(name: str, kv_cache_dtype: str, tmp_path: Path) ->
     assert distance(expected, before) > 10 * TOLERANCE  # the change changes something
     assert distance(actual, expected) <= bound
     assert distance(again, expected) <= bound
+
+
+def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert distance(actual[name], gradient) <= 1e-3, name
+
+
+@pytest.mark.parametrize("kv_cache_dtype", FORMATS)
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("kind", ["plain", "lora"])
+def test_gradient_checkpointing(
+    kind: str, use_reentrant: bool, kv_cache_dtype: str, tmp_path: Path
+) -> None:
+    model: Any = plain_model()
+    if kind == "lora":
+        pytest.importorskip("peft")
+        model = lora_being_trained(model, tmp_path)
+    model.train()
+    expected = gradients(model)
+    assert any("kv_b_proj" in name for name in expected)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    with patched(model, kv_cache_dtype):
+        assert_same_gradients(gradients(model), expected)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", FORMATS)
+@pytest.mark.parametrize("optimizer", ["fused", "foreach"])
+def test_evaluation_between_steps_of_training(
+    optimizer: str, kv_cache_dtype: str, tmp_path: Path
+) -> None:
+    """The losses after each step are those of a stock model."""
+    pytest.importorskip("peft")
+    losses: dict[bool, list[float]] = {}
+    start = lora_being_trained(plain_model(), tmp_path)
+    ids = prompt((16, 16), 128)["input_ids"]
+    for is_patched in (False, True):
+        model: Any = copy.deepcopy(start)
+        if is_patched:
+            patch(model, kv_cache_dtype)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        adam = torch.optim.AdamW(trained, lr=2e-2, **{optimizer: True})
+        losses[is_patched] = []
+        for _ in range(4):
+            model.train()
+            model(ids, labels=ids, use_cache=False).loss.backward()
+            adam.step()
+            adam.zero_grad()
+            model.eval()
+            with torch.no_grad():
+                losses[is_patched].append(float(model(ids, labels=ids, use_cache=False).loss))
+    assert max(losses[False]) > min(losses[False]) + 0.1
+    assert losses[True] == pytest.approx(losses[False], abs=2e-3)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", FORMATS)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "tensor_parallel"])
+def test_two_processes(kind: str, kv_cache_dtype: str, tmp_path: Path) -> None:
+    """tests/distributed_models.py compares in each process."""
+    launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    program = [str(ROOT / "tests" / "distributed_models.py"), kind, kv_cache_dtype, str(tmp_path)]
+    output = run(
+        *launch,
+        "--nproc-per-node=2",
+        *program,
+        OMP_NUM_THREADS="1",
+        PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}",
+    )
+    assert output.count("same as stock") == 2, output

@@ -131,7 +131,9 @@ def assert_same(actual: Trace, expected: Trace) -> None:
     assert torch.equal(actual.tokens, expected.tokens)
 
 
-class _OpCalls(TorchDispatchMode):
+class OpCalls(TorchDispatchMode):
+    """Counts calls of ``mla_attention_kv_b``."""
+
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
@@ -161,7 +163,7 @@ def watch(*models: PreTrainedModel) -> Iterator[None]:
     for cls in classes:
         cls.expand_kv = refuse
     try:
-        with _OpCalls() as calls:
+        with OpCalls() as calls:
             yield
     finally:
         for cls, original in originals.items():
