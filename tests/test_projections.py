@@ -85,9 +85,7 @@ def test_a_step_agrees_with_the_reference(widths, dtype, isa):
     q_len = (4, 2, 3, 1)[turn % 4]
     packed = latent % 32 == 0 and rope % 32 == 0 and turn % 2 == 0
     cache_format = ("q8_kv", "q6_0", "q8_0", "q4_kv")[turn % 4] if packed else "auto"
-    arguments = decode(
-        dtype, heads, lengths, q_len, (nope, value, latent, rope), cache_format
-    )
+    arguments = decode(dtype, heads, lengths, q_len, (nope, value, latent, rope), cache_format)
     name = cache_format if packed else {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
     case = Case(isa, name or "fp32", heads, (latent, rope), q_len=q_len, q_dtype=dtype)
     expected = reference.mla_attention_kv_b(**arguments)
@@ -237,15 +235,15 @@ def test_nothing_is_rounded_between_the_steps(isa):
 
 
 FORMS = ["absorbed", "expanded", "auto"]
+CACHE_FORMATS = ["auto", "q8_kv", "q6_0", "q8_0", "q4_kv"]
+QUERIES = [1, 3, 40]  # of a sequence
 
 
-@pytest.mark.parametrize("cache_format", ["auto", "q8_kv", "q6_0"])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("q_len", [1, 3, 40])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_bits_depend_on_the_sequence_alone(dtype, q_len, form, cache_format, isa, deterministic):
-    """Any number of threads, any sequences around it."""
-    lengths = (2100, 900, 130, 0)
+def check_bits(
+    dtype: torch.dtype, form: str, cache_format: str, q_len: int, threads: tuple[int, ...]
+) -> None:
+    """The same bits on any number of threads, and with any sequences around each."""
+    lengths = (2100, 130, 0)
     arguments = decode(dtype, 3, lengths, q_len, (64, 48, 128, 32), cache_format)
     per_sequence = ("q", "kv_cache", "cache_seqlens")
 
@@ -254,14 +252,31 @@ def test_bits_depend_on_the_sequence_alone(dtype, q_len, form, cache_format, isa
         return ops.mla_attention_kv_b(**arguments | chosen, form=form)
 
     torch.set_num_threads(1)
-    expected, expected_lse = attend(0, 1, 2, 3)
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        for sequences in ((0, 1, 2, 3), (0,), (1,), (2,), (2, 1, 0, 0, 1)):
+    expected, expected_lse = attend(0, 1, 2)
+    for count in threads:
+        torch.set_num_threads(count)
+        for sequences in ((0, 1, 2), (0,), (1,), (2, 1, 0, 0, 1)):
             out, lse = attend(*sequences)
             for i, b in enumerate(sequences):
-                assert torch.equal(out[i], expected[b]), (threads, sequences, b)
-                assert torch.equal(lse[i], expected_lse[b]), (threads, sequences, b)
+                assert torch.equal(out[i], expected[b]), (count, sequences, b)
+                assert torch.equal(lse[i], expected_lse[b]), (count, sequences, b)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_depend_on_the_sequence_alone(dtype, form, isa, deterministic):
+    """Formats and numbers of queries take turns."""
+    turn = DTYPES.index(dtype) + FORMS.index(form) + ISAS.index(isa)
+    check_bits(dtype, form, CACHE_FORMATS[turn % 5], QUERIES[turn % 3], (2, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("q_len", QUERIES)
+@pytest.mark.parametrize("cache_format", CACHE_FORMATS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_all_bits(dtype, form, cache_format, q_len, deterministic):
+    check_bits(dtype, form, cache_format, q_len, (1, 2, 3, 5))
 
 
 def test_expanded_products_in_order_are_right(isa, deterministic):

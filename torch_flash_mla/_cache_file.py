@@ -366,7 +366,7 @@ class StoredTensors:
         """The whole tensor: mapped, or read into memory of its own."""
         place = self.place(name)
         if not self.mmap or place.nbytes == 0:
-            tensor = torch.empty(place.shape, dtype=place.dtype)
+            tensor = torch.empty(place.shape, dtype=place.dtype, device="cpu")
             self.read(name, tensor)
             return tensor
         if self._mapping is None:

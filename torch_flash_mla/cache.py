@@ -242,9 +242,12 @@ class PagedLatentCache:
         row_shape = self._row_shape(latent_dim, rope_dim)
         with torch.inference_mode(False):
             pool = self._new_pool(row_shape, self.allocator.num_blocks)
-        self._pools[layer] = pool
-        self._row_shapes[layer] = row_shape
-        self.latent_dims[layer], self.rope_dims[layer] = latent_dim, rope_dim
+        vars(self).update(
+            _pools=_replaced(self._pools, layer, pool),
+            _row_shapes=_replaced(self._row_shapes, layer, row_shape),
+            latent_dims=_replaced(self.latent_dims, layer, latent_dim),
+            rope_dims=_replaced(self.rope_dims, layer, rope_dim),
+        )
 
     # Shape and size
 
@@ -314,7 +317,7 @@ class PagedLatentCache:
         return self._reserve_fixed(batch, new_tokens, copies)
 
     def _reserve_fixed(self, batch: int, new_tokens: int, copies: int) -> Tensor:
-        self._check_rows(batch)
+        self._check_rows(batch, f"batch: got {batch}")
         lengths = self.cache_seqlens[:batch]
         if not torch.compiler.is_compiling():
             present = lengths.tolist()
@@ -326,7 +329,7 @@ class PagedLatentCache:
                     f"cache of max_cache_len={room}"
                 )
             self._check_copies(present, copies)
-        positions = lengths.long().unsqueeze(1) + torch.arange(new_tokens)
+        positions = lengths.long().unsqueeze(1) + torch.arange(new_tokens, device="cpu")
         fits = positions < self.block_table.shape[1] * self.block_size
         slots = torch.where(fits, self._slots(self.block_table, positions), -1)
         lengths += new_tokens
@@ -350,7 +353,7 @@ class PagedLatentCache:
         with torch.inference_mode(False):
             lengths = _enlarged(self.cache_seqlens, (table.shape[0],))
             lengths[:batch] += new_tokens
-        positions = lengths[:batch].long().unsqueeze(1) + torch.arange(-new_tokens, 0)
+        positions = lengths[:batch].long().unsqueeze(1) + torch.arange(-new_tokens, 0, device="cpu")
         slots = self._slots(table, positions)
         if copies > 1:
             columns = positions // self.block_size
@@ -473,7 +476,7 @@ class PagedLatentCache:
                 )
         if parents == list(range(self.batch)):
             return
-        self._check_rows(len(parents))
+        self._check_rows(len(parents), f"index: got {len(parents)} entries")
         lengths = self.cache_seqlens.tolist()
         blocks = self._blocks
         children = [(row, blocks[parent], lengths[parent]) for row, parent in enumerate(parents)]
@@ -489,7 +492,7 @@ class PagedLatentCache:
             RuntimeError, MemoryError: no memory (for copies of partly filled blocks).
         """
         n = integer("n", n, 1)
-        self._check_rows(self.batch * n)
+        self._check_rows(self.batch * n, f"n: got {n} for a batch of {self.batch}")
         self.reorder([row for row in range(self.batch) for _ in range(n)])
 
     def reset(self, batch: int | None = None) -> None:
@@ -706,10 +709,10 @@ class PagedLatentCache:
             if not pools or total != self.allocator.num_blocks:
                 pools = [self._new_pool(shape, total) for shape in self._row_shapes]
             columns = per_row or (self.block_table.shape[1] if total else 1)
-            table = torch.zeros(sequences, columns, dtype=torch.int32)
+            table = torch.zeros(sequences, columns, dtype=torch.int32, device="cpu")
             if per_row:
-                torch.arange(total, dtype=torch.int32, out=table.view(-1))
-            lengths = torch.zeros(sequences, dtype=torch.int32)
+                torch.arange(total, dtype=torch.int32, out=table.view(-1), device="cpu")
+            lengths = torch.zeros(sequences, dtype=torch.int32, device="cpu")
         if per_row:
             starts = range(0, total, per_row)
             blocks: list[Sequence[int]] = [range(first, first + per_row) for first in starts]
@@ -741,7 +744,7 @@ class PagedLatentCache:
         return self.block_size, row_bytes(self.kv_cache_dtype, latent, rope)
 
     def _new_pool(self, row_shape: tuple[int, int], num_blocks: int) -> Tensor:
-        return torch.empty(num_blocks, *row_shape, dtype=self._storage_dtype)
+        return torch.empty(num_blocks, *row_shape, dtype=self._storage_dtype, device="cpu")
 
     def _slots(self, table: Tensor, positions: Tensor) -> Tensor:
         """int64 [batch, n]: slots of the tokens at ``positions`` (those beyond the table: any)."""
@@ -796,13 +799,11 @@ class PagedLatentCache:
                     f"{lengths[row - row % copies]} and {length} tokens"
                 )
 
-    def _check_rows(self, batch: int) -> None:
+    def _check_rows(self, batch: int, got: str) -> None:
         if self.max_blocks is not None and batch > self.max_batch:
-            raise ValueError(
-                f"batch: got {batch}, but the cache was made for max_batch={self.max_batch}"
-            )
+            raise ValueError(f"{got}, but the cache was made for max_batch={self.max_batch}")
         if batch > MOST_SEQUENCES:
-            raise ValueError(f"batch: got {batch}, expected at most {MOST_SEQUENCES}")
+            raise ValueError(f"{got}, expected at most {MOST_SEQUENCES} sequences")
 
     def _shorten(self, rows: dict[int, int]) -> None:
         """Sets the lengths of some rows, none above the present one."""
@@ -896,7 +897,9 @@ class PagedLatentCache:
             table = _enlarged(self.block_table, (rows, columns))
             for row, first in draft.changed.items():
                 blocks = draft.blocks[row]
-                table[row, first : len(blocks)] = torch.tensor(blocks[first:], dtype=torch.int32)
+                table[row, first : len(blocks)] = torch.tensor(
+                    blocks[first:], dtype=torch.int32, device="cpu"
+                )
         return {"allocator": draft.allocator, "_blocks": draft.blocks, "block_table": table}
 
     def _with_lengths(self, rows: dict[int, int]) -> Tensor:
@@ -905,7 +908,9 @@ class PagedLatentCache:
         with torch.inference_mode(False):
             lengths = _enlarged(self.cache_seqlens, (sequences,))
             if rows:
-                lengths[list(rows)] = torch.tensor(list(rows.values()), dtype=torch.int32)
+                lengths[list(rows)] = torch.tensor(
+                    list(rows.values()), dtype=torch.int32, device="cpu"
+                )
         return lengths
 
     def _take_over(
@@ -924,7 +929,7 @@ class PagedLatentCache:
         if copies and self.max_blocks is not None:
             self._overwrite(change, copies)
             return
-        mapping = torch.tensor(copies) if copies else None
+        mapping = torch.tensor(copies, device="cpu") if copies else None
         # Memory is there; from here on it is filled. Pools one by one, so that only one is there
         # twice; one that is larger than the allocator knows of does no harm.
         for layer, pool in enumerate(draft.pools if draft is not None else ()):
@@ -940,7 +945,7 @@ class PagedLatentCache:
 
     def _overwrite(self, change: dict[str, Any], copies: Sequence[tuple[int, int]]) -> None:
         """Takes over a change of fixed tensors: copies go to blocks that may hold rows of today."""
-        sources, targets = torch.tensor(copies).unbind(1)
+        sources, targets = torch.tensor(copies, device="cpu").unbind(1)
         pools = [pool for pool in self._pools if pool.shape[-1]]
         new = [pool[sources] for pool in pools]
         old = [pool[targets] for pool in pools]
@@ -986,7 +991,7 @@ def _stored_blocks(pool: Tensor, used: list[int], ends: dict[int, int]) -> _cach
     def pieces() -> Iterator[Tensor]:
         group = max(1, _cache_file.PIECE // (pool[0].nbytes if used else 1))
         for first in range(0, len(used), group):
-            piece = pool[torch.tensor(used[first : first + group])]
+            piece = pool[torch.tensor(used[first : first + group], device="cpu")]
             for block in ends.keys() & range(first, first + len(piece)):
                 piece[block - first, ends[block] :] = 0
             yield piece
@@ -1000,8 +1005,13 @@ def _grown(num_blocks: int) -> int:
     return num_blocks + max(min(num_blocks // 2, 8), num_blocks // 8)
 
 
+def _replaced(values: list[Any], index: int, value: Any) -> list[Any]:
+    """A list with another value at ``index``."""
+    return [*values[:index], value, *values[index + 1 :]]
+
+
 def _enlarged(old: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Zeros of a larger shape with ``old`` in its corner."""
-    new = torch.zeros(shape, dtype=old.dtype)
+    new = torch.zeros(shape, dtype=old.dtype, device="cpu")
     new[tuple(slice(n) for n in old.shape)] = old
     return new

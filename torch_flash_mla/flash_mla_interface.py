@@ -106,6 +106,7 @@ def flash_mla_with_kvcache(
         ValueError: arguments that exclude each other; and all that
             :func:`torch_flash_mla.ops.mla_attention` raises.
     """
+    _require_tensors(q=q, k_cache=k_cache)
     if is_fp8_kvcache:
         raise NotImplementedError(
             "is_fp8_kvcache: float8 caches are not implemented, expected False; for 8-bit caches "
@@ -158,8 +159,8 @@ def flash_mla_with_kvcache(
         return ops.mla_attention(
             q,
             cache,
-            torch.arange(blocks, dtype=torch.int32).expand(batch, blocks),
-            torch.full((batch,), blocks * cache.shape[1], dtype=torch.int32),
+            torch.arange(blocks, dtype=torch.int32, device="cpu").expand(batch, blocks),
+            torch.full((batch,), blocks * cache.shape[1], dtype=torch.int32, device="cpu"),
             head_dim_v,
             softmax_scale,
             indices=rows,
@@ -220,6 +221,7 @@ def flash_mla_sparse_fwd(
     """
     if q.dim() != 3:
         raise ValueError(f"q: shape {list(q.shape)}, expected [Sq, H, D]")
+    _require_tensors(q=q, kv=kv, indices=indices)
     if kv.dim() != 3 or kv.shape[1] != 1:
         raise ValueError(f"kv: shape {list(kv.shape)}, expected [S, 1, D]")
     if indices.dim() != 3 or indices.shape[:2] != (q.shape[0], 1):
@@ -239,7 +241,7 @@ def flash_mla_sparse_fwd(
             q.unsqueeze(1),
             cache.expand(q_len, *cache.shape),
             None,
-            torch.full((q_len,), kv.shape[0], dtype=torch.int32),
+            torch.full((q_len,), kv.shape[0], dtype=torch.int32, device="cpu"),
             d_v,
             sm_scale,
             indices=rows,
@@ -258,6 +260,12 @@ def flash_mla_sparse_fwd(
     return out, max_logits, lse, attend(indices[:, :, :indexer_topk], counts)[1]
 
 
+def _require_tensors(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
+
+
 def _plus_infinity(lse: Tensor) -> Tensor:
     return lse.masked_fill(lse == -torch.inf, torch.inf)
 
@@ -269,8 +277,8 @@ def _max_logits(
     (q_len, heads, width), topk = q.shape, indices.shape[1]
     hidden = (indices < 0) | (indices >= kv.shape[0])
     if topk_length is not None:
-        hidden |= torch.arange(topk) >= topk_length.unsqueeze(1)
-    result = torch.full((q_len, heads), -torch.inf)
+        hidden |= torch.arange(topk, device="cpu") >= topk_length.unsqueeze(1)
+    result = torch.full((q_len, heads), -torch.inf, device="cpu")
     if topk == 0 or kv.shape[0] == 0:
         return result
     rows = indices.masked_fill(hidden, 0)

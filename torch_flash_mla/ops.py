@@ -350,6 +350,12 @@ def parallel_regions() -> int:
     return torch.ops.flashmla._parallel_regions()
 
 
+def set_steps_apart(apart: bool) -> None:
+    """Whether every one of torch's threads takes part in each later call of this thread (for
+    warming up) or those that are there in time."""
+    torch.ops.flashmla._set_steps_apart(apart)
+
+
 def onednn_stats() -> tuple[int, int, float]:
     """What the level ``onednn`` did in this process, on all threads.
 

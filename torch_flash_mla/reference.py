@@ -135,9 +135,9 @@ def attend(
     values = keys[:, :latent]
     finite = values.isfinite().all(dim=1)
     out = torch.einsum("hst,tl->hsl", p, values.masked_fill(~finite.unsqueeze(1), 0))
-    for t in (~finite).nonzero().flatten().tolist():
-        seen = ~hidden.expand(p.shape)[..., t, None]
-        out = out + torch.where(seen, p[..., t, None] * values[t], 0)
+    seen = ~hidden.expand(p.shape)
+    for t in (~finite & seen.flatten(0, 1).any(dim=0)).nonzero().flatten().tolist():
+        out = out + torch.where(seen[..., t, None], p[..., t, None] * values[t], 0)
     out = out / with_sink
     return out.masked_fill(total == 0, 0).transpose(0, 1), lse
 

@@ -34,8 +34,9 @@ inline void check_tensor(const at::Tensor& t, const char* name,
                          Address address = Address::kAligned) {
   TORCH_CHECK(t.defined(), name, ": undefined tensor");
   TORCH_CHECK(t.device().is_cpu(), name, ": on device ", t.device(), ", expected cpu");
+  TORCH_CHECK_NOT_IMPLEMENTED(!t.is_nested(), name, ": a nested tensor, expected a strided one");
   TORCH_CHECK_NOT_IMPLEMENTED(t.layout() == at::kStrided && t.has_storage(), name, ": layout ",
-                              t.layout(), t.is_nested() ? " (nested)" : "", ", expected strided");
+                              t.layout(), ", expected strided");
   TORCH_CHECK(
       !t.is_conj() && !t.is_neg() && !t._is_zerotensor(), name,
       ": a lazily conjugated, negated or zero tensor, expected one in memory; resolve_conj(), "

@@ -84,6 +84,8 @@ TORCH_LIBRARY(flashmla, m) {
   m.def("_isas() -> str[]", &flashmla::isas);
   m.def("_force_isa(str name) -> ()", &flashmla::set_isa);
   m.def("_scratch_bytes() -> int", &flashmla::scratch_bytes);
+  // For warmup: from now on every thread takes part in the calls of this one.
+  m.def("_set_steps_apart(bool apart) -> ()", &flashmla::set_steps_apart);
   m.def("_parallel_regions() -> int", &flashmla::parallel_regions);
 
   // Bytes of one token in a packed format, for the C++ interface; Python has formats.row_bytes.
@@ -168,6 +170,7 @@ TORCH_LIBRARY_IMPL(flashmla, SparseCsrCPU, m) { register_functions(m); }
 TORCH_LIBRARY_IMPL(flashmla, MkldnnCPU, m) { register_functions(m); }
 TORCH_LIBRARY_IMPL(flashmla, QuantizedCPU, m) { register_functions(m); }
 TORCH_LIBRARY_IMPL(flashmla, NestedTensorCPU, m) { register_functions(m); }
+TORCH_LIBRARY_IMPL(flashmla, AutogradNestedTensor, m) { register_functions(m); }
 
 TORCH_LIBRARY_IMPL(flashmla, Conjugate, m) { register_lazy(m); }
 TORCH_LIBRARY_IMPL(flashmla, Negative, m) { register_lazy(m); }

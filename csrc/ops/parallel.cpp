@@ -17,6 +17,7 @@ namespace flashmla {
 namespace {
 
 constexpr size_t kAlignment = 64;  // a cache line
+thread_local bool steps_apart = false;
 std::atomic<int64_t> total_scratch = 0, all_regions = 0;
 
 // One growing buffer of one thread.
@@ -78,7 +79,7 @@ std::byte* thread_scratch(int slot, size_t bytes) {
 
 Executor torch_executor() {
   return {at::in_parallel_region() ? 1 : at::get_num_threads(), parallel_for, thread_scratch,
-          onednn_engine(), interrupted};
+          onednn_engine(), interrupted, steps_apart};
 }
 
 Plan& thread_plan() {
@@ -87,6 +88,8 @@ Plan& thread_plan() {
 }
 
 int64_t scratch_bytes() { return total_scratch; }
+
+void set_steps_apart(bool apart) { steps_apart = apart; }
 int64_t parallel_regions() { return all_regions; }
 
 }  // namespace flashmla

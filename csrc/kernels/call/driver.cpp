@@ -91,6 +91,11 @@ class Steps {
     int64_t most = 0;
     for (const Step& s : steps_) most = std::max(most, s.tasks);
     const int64_t threads = std::min<int64_t>(most, executor.workers);
+    if (threads > 1 && executor.steps_apart) {
+      for (const Step& s : steps_)
+        flashmla::run(executor, s.tasks, [&](int64_t i) { s.run(i, s.context); });
+      return;
+    }
     if (threads > 1) {
       executor.parallel_for(
           threads, [](int64_t, void* context) { static_cast<Steps*>(context)->take_tasks(); },

@@ -23,6 +23,9 @@ struct Executor {
   // Whether the rest of the work is to be left out, results being whatever they are; or null.
   // Asked between items, on every thread.
   bool (*interrupted)() = nullptr;
+  // Each step of a call in a region of its own, whose tasks are dealt out evenly: every thread gets
+  // one where there are as many. For warming up.
+  bool steps_apart = false;
 };
 
 void attention(const AttentionParams& params, Plan& plan, const Executor& executor);

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -203,15 +203,10 @@ class LatentPages(Pages, CacheLayerMixin):
             )
         if key_states.device.type != "cpu":
             raise ValueError(f"MLACache lives on the CPU, got keys on {key_states.device}")
-        before = self.pages.paged
-        try:
-            paged = self.pages.allocate(key_states.shape[0], key_states.dtype)
-            paged.define_layer(self.index, key_states.shape[3], value_states.shape[3])
-            self._make_carrier(key_states.dtype)
-        except BaseException:
-            self.pages.paged = before
-            raise
         self.dtype, self.device = key_states.dtype, key_states.device
+        paged = self.pages.allocate(key_states.shape[0], key_states.dtype)
+        paged.define_layer(self.index, key_states.shape[3], value_states.shape[3])
+        self._make_carrier(key_states.dtype)
         self.is_initialized = True
 
     def _make_carrier(self, dtype: torch.dtype) -> None:
@@ -238,28 +233,19 @@ class LatentPages(Pages, CacheLayerMixin):
             )
         if self.pages.leader is None:
             self.pages.leader = self.index
-        if not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
             self._note_step()
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        batch, _, tokens, _ = key_states.shape
-        paged = self._paged
-        rows = key_states[:, 0].to(paged.dtype), value_states[:, 0].to(paged.dtype)
-        if not self.is_leader:
+        guarded = (self.is_leader or not self.is_initialized) and not compiling
+        with self._unchanged_on_error() if guarded else contextlib.nullcontext():
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            paged = self._paged
+            rows = key_states[:, 0].to(paged.dtype), value_states[:, 0].to(paged.dtype)
+            if self.is_leader:
+                self._reserve(key_states.shape[0], key_states.shape[2])
             paged.append(self.index, *rows)
-        else:
-            if paged.batch == 0 and batch > paged.max_batch:  # reset, then used with more sequences
-                paged.reset(batch)
-            if paged.batch not in (0, batch):
-                raise ValueError(
-                    f"the cache holds {paged.batch} sequences, but {batch} came: use fork(n) for n "
-                    "continuations of each, or reset() to begin anew"
-                )
-            compiling = torch.compiler.is_compiling()
-            with contextlib.nullcontext() if compiling else paged.unchanged_on_error():
-                paged.reserve(batch, tokens, self._copies(tokens))
-                paged.append(self.index, *rows)
-        self.keys, self.values = self._carriers()
+            self.keys, self.values = self._carriers()
         self.pages.carrier_is_out = True
         # Not self.keys itself: a cycle would keep the pages until the garbage collector comes.
         return self.carriers(self._nan, paged.batch, self._carrier_length())
@@ -281,6 +267,32 @@ class LatentPages(Pages, CacheLayerMixin):
                 "which came first, got any: a cache serves one model, or the same part of it"
             )
         self.pages.written.add(self.index)
+
+    def _reserve(self, batch: int, tokens: int) -> None:
+        """Makes room for a step, in all layers."""
+        paged = self._paged
+        if paged.batch == 0 and batch > paged.max_batch:  # reset, then used with more sequences
+            paged.reset(batch)
+        if paged.batch not in (0, batch):
+            raise ValueError(
+                f"the cache holds {paged.batch} sequences, but {batch} came: use fork(n) for n "
+                "continuations of each, or reset() to begin anew"
+            )
+        paged.reserve(batch, tokens, self._copies(tokens))
+
+    @contextlib.contextmanager
+    def _unchanged_on_error(self) -> Iterator[None]:
+        """Forgets what the block has begun if it raises: a first use, room for a step."""
+        layer, pages = vars(self).copy(), vars(self.pages).copy()
+        paged = self.pages.paged
+        try:
+            with contextlib.nullcontext() if paged is None else paged.unchanged_on_error():
+                yield
+        except BaseException:
+            vars(self).clear()
+            vars(self).update(layer)
+            vars(self.pages).update(pages)
+            raise
 
     def _carriers(self) -> tuple[Tensor, Tensor]:
         """NaN tensors with the shapes of what is stored."""
@@ -337,9 +349,10 @@ class GrowingLatentLayer(LatentPages, DynamicLayer):
 
     def _copies(self, tokens: int) -> int:
         pages = self.pages
-        if pages.copies > 1 and self.get_seq_length() + tokens > pages.copied_tokens:
-            pages.copies = 1  # the prompt is over
-        return pages.copies
+        copies, after = pages.copies, self.get_seq_length() + tokens
+        if after >= pages.copied_tokens:
+            pages.copies = 1  # the prompt is over, also for a cache that is cropped later
+        return copies if after <= pages.copied_tokens else 1
 
 
 class FixedLatentLayer(LatentPages, StaticLayer):
@@ -347,7 +360,7 @@ class FixedLatentLayer(LatentPages, StaticLayer):
 
     def get_seq_length(self) -> Any:
         """A tensor once there is one, as for a StaticLayer: int32 []."""
-        return self._paged.cache_seqlens[0] if self.is_initialized else 0
+        return 0 if self.pages.paged is None else self.pages.paged.cache_seqlens[0]
 
     def _carrier_length(self) -> int:
         return self.max_cache_len
@@ -511,6 +524,7 @@ class MLACache(Cache):
             if self.pages.paged is not None and self.batch_size > 0:
                 self.pages.paged.reorder(beam_idx)
         self._shared_prefix = None
+        self.pages.copies = 1
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last ``-tokens_to_remove`` tokens of every sequence.
@@ -597,10 +611,12 @@ class MLACache(Cache):
                 go into the file, and :meth:`load` compares them.
 
         Raises:
-            ValueError: an empty cache, or a stock layer with a state that cannot be stored.
+            ValueError: an empty cache, a stock layer with a state that cannot be stored, or
+                TORCH_FLASH_MLA_DISABLE, with which a cache has no pages.
             OSError: the file cannot be written.
         """
         paged = self.pages.paged
+        _refuse_if_disabled("save")
         if paged is None or paged.batch == 0:
             raise ValueError("save of an empty cache: run the prompt through the model first")
         pages, contents = paged.snapshot()
@@ -633,9 +649,10 @@ class MLACache(Cache):
         Raises:
             OSError: the file cannot be opened or read.
             ValueError: no such file, of another version, damaged, or made by another model; the
-                message says where, or how the models differ.
+                message says where, or how the models differ. Or TORCH_FLASH_MLA_DISABLE is set.
             RuntimeError, MemoryError: no memory for it.
         """
+        _refuse_if_disabled("load")
         with _cache_file.opened(path, "MLACache", mmap, verify) as (header, tensors):
             fields = _cache_file.Fields(header)
             different = difference(dict(fields.mapping("model")), fingerprint(model))
@@ -673,6 +690,14 @@ class MLACache(Cache):
                 if isinstance(layer, LatentPages) and layer.is_initialized:
                     layer._restore_carriers()
         return cache
+
+
+def _refuse_if_disabled(what: str) -> None:
+    if is_disabled():
+        raise ValueError(
+            f"{what} of an MLACache: its layers are stock, without pages, because "
+            "TORCH_FLASH_MLA_DISABLE is set"
+        )
 
 
 def _of_pages(layer: Any) -> set[str]:

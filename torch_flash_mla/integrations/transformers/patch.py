@@ -14,7 +14,12 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    PreTrainedModel,
+)
 
 from torch_flash_mla.formats import FLOAT_DTYPES, PACKED_FORMATS, row_bytes
 from torch_flash_mla.integrations.transformers.attention import (
@@ -146,7 +151,7 @@ class _CacheForGeneration:
             return stock(
                 model, generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs
             )
-        cache = MLACache(model.config, self.kv_cache_dtype, layers=_patched_layers(model))
+        cache = MLACache(model.config, self.kv_cache_dtype, layers=_layers_of_pages(model))
         if mask is not None and not model.training:  # dropout may make the copies differ
             cache.share_prompt(copies, mask.shape[1])
         model_kwargs[CACHE_ARGUMENT] = cache
@@ -174,7 +179,7 @@ class _CacheForForward:
 
     def __init__(self, model: Any, kv_cache_dtype: str) -> None:
         self.kv_cache_dtype = kv_cache_dtype
-        self.layers = _patched_layers(model)
+        self.layers: set[int] = set()
         self.has_warned = False
         names = list(inspect.signature(type(model).forward).parameters)[1:]
         self.places = {name: place for place, name in enumerate(names)}
@@ -221,8 +226,18 @@ def _records_gradients(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     return any(x.requires_grad for x in inputs) or any(p.requires_grad for p in model.parameters())
 
 
-def _patched_layers(model: Any) -> set[int]:
-    return {m.layer_idx for m in model.modules() if patch_state(m) is not None}
+def _layers_of_pages(model: Any) -> set[int]:
+    """Which layers of a cache hold pages: all but those whose attention is not patched.
+
+    A layer that the model lacks (a stage of a pipeline) counts as one of ours, since any layer may
+    be asked for the length of the text.
+    """
+    ours: set[int] = set()
+    stock: set[int] = set()
+    for _, module in _attention_layers(model):
+        (stock if patch_state(module) is None else ours).add(getattr(module, "layer_idx", -1))
+    places = len(DynamicCache(config=model.config.get_text_config(decoder=True)).layers)
+    return set(range(places)) - (stock - ours)
 
 
 def _whole_mask(generation_config: Any, model_kwargs: dict[str, Any], batch: int) -> Tensor | None:
@@ -231,7 +246,7 @@ def _whole_mask(generation_config: Any, model_kwargs: dict[str, Any], batch: int
     mask = model_kwargs.get("attention_mask")
     width = getattr(generation_config, "_mask_length", None)
     if mask is None and width is not None:
-        return torch.ones(batch, width, dtype=torch.long)
+        return torch.ones(batch, width, dtype=torch.long, device="cpu")
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
@@ -371,13 +386,14 @@ def _hold_format(model: nn.Module, kv_cache_dtype: str) -> None:
             module.__dict__.setdefault(
                 "_prepare_cache_for_generation", _CacheForGeneration(module, kv_cache_dtype)
             )
-        parts = [x for x in _models_of_mla(module) if x is not module]
-        hooks = module._forward_pre_hooks.values()
-        if parts or any(isinstance(hook, _CacheForForward) for hook in hooks) or is_disabled():
-            continue
-        if CACHE_ARGUMENT in inspect.signature(type(module).forward).parameters:
-            hook = _CacheForForward(module, kv_cache_dtype)
-            module.register_forward_pre_hook(hook, with_kwargs=True)
+        is_innermost = len(_models_of_mla(module)) == 1
+        takes_a_cache = CACHE_ARGUMENT in inspect.signature(type(module).forward).parameters
+        if is_innermost and takes_a_cache and not is_disabled():
+            hooks = [x for x in module._forward_pre_hooks.values() if type(x) is _CacheForForward]
+            if not hooks:
+                hooks = [_CacheForForward(module, kv_cache_dtype)]
+                module.register_forward_pre_hook(hooks[0], with_kwargs=True)
+            hooks[0].layers = _layers_of_pages(module)
 
 
 def _cache_makers(model: nn.Module) -> list[_CacheForGeneration | _CacheForForward]:

@@ -52,7 +52,7 @@ def expand(module: AttentionModule, latent: Tensor, rope: Tensor) -> tuple[Tenso
 
 def mla_mask(*args: Any, **kwargs: Any) -> Any:
     """The masks that transformers makes where the name is selected: those of sdpa."""
-    teach_selection()
+    teach_selection(everybody=False)
     return sdpa_mask(*args, **kwargs)
 
 
@@ -60,17 +60,21 @@ _teaching = threading.Lock()
 _taught = 0  # len(sys.modules) when the classes were last looked at
 
 
-def teach_selection() -> None:
+@torch.compiler.assume_constant_result  # runs while a graph is made, as it does without one
+def teach_selection(everybody: bool = True) -> None:
     """Lets every MLA class that exists by now look for the name.
 
     Called before the layers of a model run (when their mask is made, and by each MLACache that is
     made), so that the first call of a layer is like all others.
+
+    Args:
+        everybody: look for new classes even if no module was imported since the last time.
     """
     global _taught
-    if torch.compiler.is_compiling() or len(sys.modules) == _taught or is_disabled():
+    count = len(sys.modules)
+    if is_disabled() or (count == _taught and not everybody):
         return
     with _teaching:
-        count = len(sys.modules)
         for cls in _subclasses(nn.Module):
             expand_kv = vars(cls).get("expand_kv")
             if callable(expand_kv) and not hasattr(expand_kv, "_stock"):
