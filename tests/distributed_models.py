@@ -20,23 +20,26 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+from transformers_cases import mla_layers
 from transformers_compare import Mode, OpCalls, assert_same, generate, rounding_cache
 from wrapped_models import gradients, plain_model
 
 import torch_flash_mla
-from torch_flash_mla.integrations.transformers import patch
+from torch_flash_mla.integrations.transformers import patched
 
 
 def model_of(kind: str, folder: Path) -> tuple[Any, Any]:
     """The distributed model, and the one inside that generates."""
     if kind == "tensor_parallel":
+        whole = plain_model("deepseek_v2")  # whose plan splits kv_b_proj by heads
         if dist.get_rank() == 0:
-            plain_model().save_pretrained(folder)
+            whole.save_pretrained(folder)
         dist.barrier()
-        model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto").eval()
-        weight = model.model.layers[0].self_attn.kv_b_proj.weight
-        rows = weight.to_local().shape[0] if isinstance(weight, DTensor) else weight.shape[0]
-        assert rows == plain_model().model.layers[0].self_attn.kv_b_proj.out_features // 2
+        split = DistributedConfig(tp_plan="auto")
+        model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=split)
+        weights = [mla_layers(x)[0].kv_b_proj.weight for x in (model, whole)]
+        assert len(local(weights[0])) == len(weights[1]) // 2
         return model, model
     inner = plain_model()
     if kind == "ddp":
@@ -46,34 +49,33 @@ def model_of(kind: str, folder: Path) -> tuple[Any, Any]:
     return fully_shard(inner), inner
 
 
-def local(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {n: t.to_local() if isinstance(t, DTensor) else t for n, t in tensors.items()}
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def main(kind: str, kv_cache_dtype: str, folder: str) -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     model, inner = model_of(kind, Path(folder))
-    mode = Mode((7, 7), {"max_new_tokens": 6}, ())
     model.train()
-    expected = local(gradients(model))
+    expected = {name: local(gradient) for name, gradient in gradients(model).items()}
     assert len(expected) == len(list(model.parameters()))
-    model.eval()
-    cache = "DynamicCache"
-    if kv_cache_dtype != "auto":
-        cache = rounding_cache(inner, "DynamicCache", kv_cache_dtype)
-    text = generate(inner, mode, cache)
-
-    report = patch(model, kv_cache_dtype)
-    assert not report.failed
-    model.train()
-    actual = local(gradients(model))
+    with patched(model, kv_cache_dtype) as report:
+        actual = {name: local(gradient) for name, gradient in gradients(model).items()}
+    assert report.patched
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
         error = (actual[name] - gradient).abs().max()
         assert error <= 1e-3 * gradient.abs().max(), f"{name}: {error}"
+
     model.eval()
-    with torch_flash_mla.force_isa("scalar"), OpCalls() as calls:
+    mode = Mode((7, 7), {"max_new_tokens": 6}, ())
+    cache: Any = "DynamicCache"
+    if kv_cache_dtype != "auto":
+        cache = rounding_cache(inner, "DynamicCache", kv_cache_dtype)
+    text = generate(inner, mode, cache)
+    with patched(model, kv_cache_dtype), torch_flash_mla.force_isa("scalar"), OpCalls() as calls:
         assert_same(generate(inner, mode, "default"), text)
     print(report)
     print(f"the operator was called {calls.count} times: same as stock")

@@ -85,7 +85,7 @@ def test_wrapped(name: str, kv_cache_dtype: str, tmp_path: Path) -> None:
     model = wrapped_model(name, tmp_path)
     case = WRAPPED[name]
     expected, bound = stock_logits(model, kv_cache_dtype, **case.arguments)
-    assert 0 < bound < 0.05
+    assert 0 < bound < 0.2
     with patched(model, kv_cache_dtype) as report, torch_flash_mla.force_isa("scalar"):
         assert {layer.kv_b_proj.split(":")[0] for layer in report.layers} == {case.way}, report
         with OpCalls() as calls:

@@ -29,10 +29,10 @@ IN_PLACE, DENSE_COPY, EXPANDED = "in place", "dense copy", "expanded"
 PROJECTIONS = ["kv_b_proj", "o_proj"]  # what is wrapped: the one that is read, and a common one
 
 
-def plain_model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def plain_model(family: str = "deepseek_v3") -> PreTrainedModel:
     """Two dense layers, with dims that are multiples of the blocks of quantised weights."""
-    model = small_model(
-        "deepseek_v3",
+    return small_model(
+        family,
         vocab_size=128,
         hidden_size=128,
         intermediate_size=128,
@@ -45,7 +45,6 @@ def plain_model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         v_head_dim=64,
         initializer_range=0.12,
     )
-    return model.to(dtype)
 
 
 Build = Callable[[PreTrainedModel, Path], nn.Module]
