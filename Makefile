@@ -32,7 +32,8 @@ NATIVE := setup.py CMakeLists.txt $(shell find csrc -name '*.h' -o -name '*.cpp'
 
 VERSIONS ?= 5.15.0 5.16.1 5.18.0 5.20.2 5.22.2 5.24.0
 # Of test-matrix, beside the packages for testing; their releases follow that of torch.
-EXTRAS := torchao==0.18.0 optimum-quanto==0.2.7 bitsandbytes==0.50.2 compressed-tensors==0.20.0
+EXTRAS := torchao==0.18.0 optimum-quanto==0.2.7 bitsandbytes==0.50.2 compressed-tensors==0.20.0 \
+  fastapi uvicorn openai
 
 .PHONY: setup demo test test-transformers matrix test-matrix test-vllm lint format bench docs wheel clean
 setup: $(STAMPS)/build $(STAMPS)/install
@@ -52,7 +53,8 @@ matrix: setup
 	$(PY) tools/side_environment.py build/matrix $(EXTRAS)
 
 test-matrix: matrix
-	build/matrix/bin/python -m pytest -m slow tests/test_transformers_matrix.py $(PYTEST_ARGS)
+	build/matrix/bin/python -m pytest -m slow tests/test_transformers_matrix.py tests/test_serving.py \
+	  $(PYTEST_ARGS)
 
 # vLLM pins its own torch build and transformers. -W ignore: warnings there are about other packages.
 test-vllm: $(VLLM_STAMPS)/plugin
