@@ -3,6 +3,8 @@
 #   make setup        virtual environment .venv, torch, the package built in place
 #   make demo         generates text with the tiny model, then times one attention layer
 #   make test         the fast tests;  make test SLOW=1: all but the exhaustive ones
+#   make test-transformers    patched models against stock in several releases of transformers
+#   make test-matrix          and wrapped, quantised, trained, distributed ones
 #   make test-vllm    the tests with vLLM, in an environment of their own (.venv-vllm, 3.5 GB)
 #   make lint         ruff, mypy, clang-format;  make format repairs what they can
 #   make bench        rate of the operator per cache format, beside the instruction roof and PyTorch
@@ -28,7 +30,12 @@ STAMPS := $(VENV)/stamps
 VLLM_STAMPS := $(VLLM_VENV)/stamps
 NATIVE := setup.py CMakeLists.txt $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.map')
 
-.PHONY: setup demo test test-vllm lint format bench docs wheel clean
+VERSIONS ?= 5.15.0 5.16.1 5.18.0 5.20.2 5.22.2 5.24.0
+# Of test-matrix, beside the packages for testing; their releases follow that of torch.
+EXTRAS := torchao==0.18.0 optimum-quanto==0.2.7 bitsandbytes==0.50.2 compressed-tensors==0.20.0 \
+  fastapi uvicorn openai
+
+.PHONY: setup demo test test-transformers matrix test-matrix test-vllm lint format bench docs wheel clean
 setup: $(STAMPS)/build $(STAMPS)/install
 
 demo: setup
@@ -37,6 +44,17 @@ demo: setup
 
 test: setup
 	$(PY) -m pytest $(SELECT) $(PYTEST_ARGS)
+
+# README=1 also writes the list of families in README.md.
+test-transformers: setup
+	$(PY) tools/test_transformers.py $(VERSIONS) $(if $(README),--readme)
+
+matrix: setup
+	$(PY) tools/side_environment.py build/matrix $(EXTRAS)
+
+test-matrix: matrix
+	build/matrix/bin/python -m pytest -m slow tests/test_transformers_matrix.py tests/test_serving.py \
+	  $(PYTEST_ARGS)
 
 # vLLM pins its own torch build and transformers. -W ignore: warnings there are about other packages.
 test-vllm: $(VLLM_STAMPS)/plugin

@@ -7,11 +7,15 @@ matter; and four deliberate faults (``FAULTS``) must each make the same comparis
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
+from programs import ROOT
 from transformers import PreTrainedModel
 from transformers_cases import (
     TINY_MODEL,
@@ -75,6 +79,17 @@ def model_of() -> ModelOf:
 def test_the_families_are_found() -> None:
     assert {"deepseek_v2", "deepseek_v3", "kimi_k25", "minicpm3"} <= set(families())
     assert len(families()) >= 9
+
+
+def test_the_readme_lists_them() -> None:
+    """``make test-transformers README=1`` writes the list, by the release that first had each."""
+    text = (ROOT / "README.md").read_text()
+    section = text[text.index("<!-- families -->") : text.index("<!-- end of families -->")]
+    listed: set[str] = set()
+    for version, names in re.findall(r"^- ([\d.]+): (.*(?:\n  .*)*)", section, re.MULTILINE):
+        if Version(version) <= Version(transformers.__version__):
+            listed |= set(re.findall(r"`(\w+)`", names))
+    assert listed == set(families())
 
 
 @pytest.mark.parametrize("family", refused_families())

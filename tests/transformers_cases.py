@@ -63,6 +63,8 @@ _SMALL: dict[str, Any] = {
     "eos_token_id": None,
 }
 
+_INDEXED = "indexed_attention" if SPARSE_LAYERS_CACHE_LATENTS else "deepseek_sparse_attention"
+
 _SPECIAL: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_group_size": 2, "head_dim": 16},
     "dots3_note": {
@@ -78,7 +80,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "swa_v_head_dim": 32,
     },
     "glm5_next": {
-        "layer_types": ["linear_attention", "indexed_attention", "indexed_attention"],
+        "layer_types": ["linear_attention", _INDEXED, _INDEXED],
         "mlp_layer_types": ["dense", "sparse", "dense"],
         "indexer_types": ["full", "full", "shared"],
         "num_hidden_layers": 3,

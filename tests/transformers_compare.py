@@ -131,7 +131,9 @@ def assert_same(actual: Trace, expected: Trace) -> None:
     assert torch.equal(actual.tokens, expected.tokens)
 
 
-class _OpCalls(TorchDispatchMode):
+class OpCalls(TorchDispatchMode):
+    """Counts calls of ``mla_attention_kv_b``."""
+
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
@@ -161,7 +163,7 @@ def watch(*models: PreTrainedModel) -> Iterator[None]:
     for cls in classes:
         cls.expand_kv = refuse
     try:
-        with _OpCalls() as calls:
+        with OpCalls() as calls:
             yield
     finally:
         for cls, original in originals.items():
@@ -188,8 +190,9 @@ def check_mode(model: PreTrainedModel, mode: Mode) -> None:
     for cache in {STOCK_OF[cache] for cache in mode.caches}:
         try:
             stock[cache] = generate(model, mode, cache, assistant)
-        except ValueError as error:
-            if mode.assisted and "stateful" in str(error):
+        except (ValueError, RuntimeError) as error:
+            # Recurrent states cannot go back; up to 5.17 an assistant's cache may outgrow the text.
+            if mode.assisted and re.search("stateful|tensor of 0 elements", str(error)):
                 pytest.skip(f"transformers: {error}")
             raise
     with patched(model):

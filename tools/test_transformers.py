@@ -1,9 +1,8 @@
 """Compares patched models with stock ones in several releases of transformers.
 
-Each release lives in build/transformers/VERSION, a virtual environment that holds transformers and
-whichever of its dependencies must be older than those of the present environment; the rest is taken
-from here. In each, every family that this release has runs through tests/test_transformers.py:
-logits, greedy, left padding, beams, assisted decoding, caches of all kinds and cache formats ::
+Each release lives in an environment beside the present one, build/transformers/VERSION. In each,
+every family that this release has runs through tests/test_transformers.py: logits, greedy, left
+padding, beams, assisted decoding, caches of all kinds and cache formats ::
 
     python tools/test_transformers.py 5.15.0 5.24.0              # counts per release
     python tools/test_transformers.py 5.15.0 5.24.0 --readme     # and the list in README.md
@@ -16,7 +15,6 @@ import os
 import re
 import subprocess
 import sys
-import sysconfig
 import textwrap
 import time
 import xml.etree.ElementTree as ElementTree
@@ -24,13 +22,15 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from side_environment import side_environment
+
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENTS = ROOT / "build" / "transformers"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- families -->\n", "<!-- end of families -->\n"
 # Everything but the deliberate faults, which say something about the comparison.
 TESTS = ("tests/test_transformers.py", "-k", "not fault")
-ALSO_KNOWN_AS = {"deepseek_v3": "Kimi K2", "kimi_k25": "Kimi K2.5"}
+ALSO = {"deepseek_v3": "Kimi K2", "kimi_k25": "Kimi K2.5"}
 
 
 @dataclass
@@ -48,27 +48,9 @@ class Result:
         return {f for f, n in self.families.items() if n["passed"] and not n["failed"]}
 
 
-def environment(version: str) -> Path:
-    """The Python of the environment of a release, which is made if it does not exist."""
-    folder = ENVIRONMENTS / version
-    python = folder / "bin" / "python"
-    stamp = folder / "installed"
-    if stamp.exists():
-        return python
-    subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", folder], check=True)
-    paths = {"base": str(folder), "platbase": str(folder)}
-    inner = Path(sysconfig.get_path("purelib", "venv", vars=paths))
-    (inner / "present_environment.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    # pip sees the packages of both, and installs what is missing or too new.
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q"]
-    subprocess.run([*pip, f"transformers=={version}"], check=True)
-    stamp.touch()
-    return python
-
-
 def run(version: str, arguments: list[str]) -> Result:
     """The tests in one release; their output is shown."""
-    python = environment(version)
+    python = side_environment(ENVIRONMENTS / version, [f"transformers=={version}"])
     report = ENVIRONMENTS / f"{version}.xml"
     report.unlink(missing_ok=True)
     begin = time.monotonic()
@@ -108,7 +90,7 @@ def families_section(results: list[Result]) -> str:
     ]
     for version, names in since.items():
         if names:
-            named = [f"{n} ({ALSO_KNOWN_AS[n]})" if n in ALSO_KNOWN_AS else n for n in names]
+            named = [f"`{n}`" + (f" ({ALSO[n]})" if n in ALSO else "") for n in names]
             item = f"- {version}: {', '.join(named)}"
             lines.append(textwrap.fill(item, 100, subsequent_indent="  ", break_on_hyphens=False))
     return "\n".join(lines) + "\n"

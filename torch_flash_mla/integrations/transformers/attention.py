@@ -254,7 +254,8 @@ def _refuse_unsupported(kwargs: dict[str, Any]) -> None:
     if kwargs.get("cache") is not None:
         raise NotImplementedError(
             "continuous batching (generate_batch, PagedAttentionCache) keeps expanded keys and is "
-            "not supported by torch_flash_mla: call unpatch(model) first, or use generate()"
+            "not supported by torch_flash_mla: use generate(), or vLLM with torch_flash_mla for "
+            "many requests at once (docs/serving_vllm.md)"
         )
     if kwargs.get("position_bias") is not None:
         raise NotImplementedError("position_bias is not supported by torch_flash_mla")

@@ -201,7 +201,8 @@ class _Held:
     def __init__(self, proj: nn.Module) -> None:
         self.tensors: list[Tensor] = []
         self.trainable = self.is_opaque = False
-        self._seen: set[int] = set()
+        # What was looked at, by address: kept, so that no address comes twice.
+        self._seen: dict[int, Any] = {}
         modules = list(proj.modules())
         self._packages = {_package(type(module)) for module in modules} - {"torch"}
         self.attributes = tuple(
@@ -220,14 +221,14 @@ class _Held:
         if isinstance(value, (tuple, list)):
             return tuple(self._look(entry) for entry in value)
         if id(value) in self._seen:
-            return id(value)
+            return list(self._seen).index(id(value))
         if isinstance(value, dict):
-            self._seen.add(id(value))
+            self._seen[id(value)] = value
             return tuple([(key, self._look(entry)) for key, entry in value.items()])
         if isinstance(value, (set, frozenset)):
             return frozenset(map(self._look, value))
         if hasattr(value, "__dict__") and _package(kind) in self._packages and not callable(value):
-            self._seen.add(id(value))
+            self._seen[id(value)] = value
             return kind, self._look(vars(value))
         return id(value)
 
