@@ -12,7 +12,7 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-TORCH := 2.13.0
+DEVELOPED_WITH := 2.13.0
 
 CPP_DIRS := csrc tests examples benchmarks torch_flash_mla/include
 
@@ -66,8 +66,8 @@ $(STAMPS)/venv:
 
 # The +cpu version never brings CUDA along. Some package indexes carry it themselves; PyTorch's own does for sure.
 $(STAMPS)/torch: $(STAMPS)/venv
-	$(PY) -m pip install -q 'torch==$(TORCH)+cpu' || \
-	  $(PY) -m pip install 'torch==$(TORCH)+cpu' --extra-index-url https://download.pytorch.org/whl/cpu
+	$(PY) -m pip install -q 'torch==$(DEVELOPED_WITH)+cpu' || \
+	  $(PY) -m pip install 'torch==$(DEVELOPED_WITH)+cpu' --extra-index-url https://download.pytorch.org/whl/cpu
 	@touch $@
 
 $(STAMPS)/tools: $(STAMPS)/torch

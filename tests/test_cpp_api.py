@@ -23,6 +23,7 @@ import torch_flash_mla
 from torch_flash_mla import formats, ops
 
 PACKAGE = Path(torch_flash_mla.__file__).parent
+LIBRARY = Path(torch_flash_mla.library_path).name
 PREFIX = f"{torch.utils.cmake_prefix_path};{torch_flash_mla.cmake_prefix_path}"
 
 export = load_program("examples/cpp/export.py")
@@ -54,31 +55,27 @@ def test_find_package(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "replaced", "message"),
+    ("version", "libraries", "message"),
     [
-        ("9.9", {}, r'compatible with requested version\s+"9.9"'),
-        ("", {"_C.so": None}, "_C.so is missing"),
+        ("9.9", [LIBRARY], r'compatible with requested version\s+"9.9"'),
+        ("", [], rf"{LIBRARY} is missing: the operators were not compiled"),
         (
             "",
-            {"__init__.py": 'SUPPORTED_TORCH = "1.0"\n'},
-            r"is built for torch 1\.0\.\*, but torch",
+            ["_C_torch10.so", "_C_torch299.so"],
+            rf"no operators for torch 2\.\d+.*: {LIBRARY} is none of _C_torch10.so, _C_torch299.so",
         ),
     ],
     ids=["version", "library", "torch"],
 )
 def test_find_package_says_what_is_wrong(
-    version: str, replaced: dict[str, str | None], message: str, tmp_path: Path
+    version: str, libraries: list[str], message: str, tmp_path: Path
 ) -> None:
-    """In a copy of the package, spoiled."""
+    """In a copy of the package, with the libraries of some series."""
     copied = tmp_path / "torch_flash_mla"
     shutil.copytree(PACKAGE / "share", copied / "share")
-    for name in ("__init__.py", "_C.so"):
-        content = replaced.get(name, "as it is")
-        if content == "as it is":
-            (copied / name).symlink_to(PACKAGE / name)
-        elif content is not None:
-            text = (PACKAGE / name).read_text()
-            (copied / name).write_text(re.sub(r"(?m)^SUPPORTED_TORCH = .*\n", content, text))
+    (copied / "__init__.py").symlink_to(PACKAGE / "__init__.py")
+    for name in libraries:
+        (copied / name).touch()
     prefix = f"{torch.utils.cmake_prefix_path};{copied}/share/cmake"
     output = " ".join(configure(tmp_path, prefix, version, fails=True).split())
     assert re.search(message, output), output
@@ -187,7 +184,7 @@ def test_a_program_without_the_library_is_told_so(programs: Path, tmp_path: Path
         *("-ltorch_cpu", "-lc10"),
     )
     output = run(tmp_path / "alone", fails=True)
-    assert "flashmla::_isa is not registered: torch_flash_mla/_C.so is not loaded" in output
+    assert "flashmla::_isa is not registered: the library of torch_flash_mla, _C_torch*.so" in output
 
 
 def test_row_bytes_are_those_of_python() -> None:
