@@ -109,6 +109,7 @@ def jobs() -> str:
 
 def run_cmake(source: Path, build: Path, compiler: str, what: str, **options: str) -> None:
     """Configures and builds a CMake project."""
+    cmake, ninja = tool("cmake"), tool("ninja")
     build.mkdir(parents=True, exist_ok=True)
     remembered = build / "compiler.txt"
     if remembered.exists() and remembered.read_text() != compiler:
@@ -117,15 +118,15 @@ def run_cmake(source: Path, build: Path, compiler: str, what: str, **options: st
         shutil.rmtree(build / "CMakeFiles", ignore_errors=True)
     remembered.write_text(compiler)
     options = {
-        "CMAKE_MAKE_PROGRAM": tool("ninja"),
+        "CMAKE_MAKE_PROGRAM": ninja,
         "CMAKE_BUILD_TYPE": os.environ.get("FLASHMLA_BUILD_TYPE", "Release"),
         "FLASHMLA_WERROR": os.environ.get("FLASHMLA_WERROR", "0"),
         "FLASHMLA_SANITIZE": os.environ.get("FLASHMLA_SANITIZE", ""),
         **options,
     }
-    configure = [tool("cmake"), "-S", str(source), "-B", str(build), "-G", "Ninja"]
+    configure = [cmake, "-S", str(source), "-B", str(build), "-G", "Ninja"]
     configure += [f"-D{name}={value}" for name, value in options.items()]
-    for command in (configure, [tool("cmake"), "--build", str(build), "--parallel", jobs()]):
+    for command in (configure, [cmake, "--build", str(build), "--parallel", jobs()]):
         # CXX rather than CMAKE_CXX_COMPILER: it may hold several words ("python -m ziglang c++").
         if subprocess.run(command, env={**os.environ, "CXX": compiler}).returncode != 0:
             raise SystemExit(f"torch_flash_mla: compiling the {what} failed, see above")

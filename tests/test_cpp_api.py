@@ -184,7 +184,7 @@ def test_a_program_without_the_library_is_told_so(programs: Path, tmp_path: Path
         *("-ltorch_cpu", "-lc10"),
     )
     output = run(tmp_path / "alone", fails=True)
-    assert "flashmla::_isa is not registered: the library of torch_flash_mla, _C_torch*.so" in output
+    assert "flashmla::_isa is not registered: the library of torch_flash_mla, _C_torch" in output
 
 
 def test_row_bytes_are_those_of_python() -> None:

@@ -5,7 +5,7 @@ The one list of them. ``setup.py`` and ``tools/`` read this file by itself, so i
 
 from __future__ import annotations
 
-# `make wheel` compiles the operators for each of these; docs/installing.md says what was run on them.
+# `make wheel` compiles operators for each of these; docs/installing.md says what ran on them.
 SUPPORTED_TORCH = ("2.10", "2.11", "2.12", "2.13", "2.14", "2.15")
 
 
