@@ -3,10 +3,13 @@
 #   make setup        virtual environment .venv, torch, the package built in place
 #   make demo         generates text with the tiny model, then times one attention layer
 #   make test         the fast tests;  make test SLOW=1: all but the exhaustive ones
+#   make test TORCH=2.14.1
+#                     the same against the wheel in dist/, in an environment of its own with that torch
 #   make lint         ruff, mypy, clang-format;  make format repairs what they can
 #   make bench        rate of the operator per cache format, beside the instruction roof and PyTorch
 #   make docs         build/docs/index.html; warnings are errors
-#   make wheel        dist/: source archive and wheel, its platform named by auditwheel
+#   make wheel        dist/: source archive and wheel, its platform named by auditwheel, for all
+#                     series of torch;  make wheel SERIES='2.13 2.14': for some
 #   make clean        removes what was built; the environment stays
 
 PYTHON ?= python3
@@ -19,9 +22,12 @@ CPP_DIRS := csrc tests examples benchmarks torch_flash_mla/include
 SELECT := $(if $(SLOW),-m "not exhaustive")
 PYTEST_ARGS ?=
 
+TORCH :=
+SERIES :=
+
 # Each step leaves a stamp and is repeated only when its inputs are newer.
 STAMPS := $(VENV)/stamps
-NATIVE := setup.py CMakeLists.txt $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.map')
+NATIVE := setup.py torch_flash_mla/_series.py CMakeLists.txt csrc/ops/CMakeLists.txt $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.map')
 
 .PHONY: setup demo test lint format bench docs wheel clean
 setup: $(STAMPS)/build $(STAMPS)/install
@@ -30,8 +36,14 @@ demo: setup
 	$(PY) examples/generate.py --compare
 	$(PY) benchmarks/layer.py
 
+ifeq ($(TORCH),)
 test: setup
 	$(PY) -m pytest $(SELECT) $(PYTEST_ARGS)
+else
+test:
+	@ls dist/*.whl > /dev/null || { echo "There is no wheel to test: make wheel"; exit 1; }
+	$(PYTHON) tools/try_wheel.py $(TORCH) "$$(ls -t dist/*.whl | head -n 1)" -- $(SELECT) $(PYTEST_ARGS)
+endif
 
 lint: setup
 	$(VENV)/bin/ruff check .
@@ -50,7 +62,7 @@ docs: setup
 	@echo build/docs/index.html
 
 wheel: setup
-	$(PY) tools/build_wheel.py --outdir dist
+	$(PY) tools/build_wheel.py --outdir dist $(if $(SERIES),--series $(SERIES))
 
 clean:
 	rm -rf build dist *.egg-info torch_flash_mla/_C*.so $(STAMPS)/build $(STAMPS)/install

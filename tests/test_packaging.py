@@ -148,6 +148,11 @@ def test_a_missing_library_is_explained(tmp_path: Path) -> None:
     assert "make setup" in result.stderr
 
 
+needs_sources = pytest.mark.skipif(
+    not (ROOT / "torch_flash_mla").exists(), reason="a wheel is tested, beside no checkout"
+)
+
+
 def headers(folder: Path, minor: int) -> Path:
     """A torch of which only the version is there."""
     path = folder / "include" / "torch" / "headeronly" / "version.h"
@@ -166,6 +171,7 @@ runpy.run_path("setup.py", run_name="__main__")
     return run_python(code)
 
 
+@needs_sources
 @pytest.mark.parametrize(
     ("minor", "found"),
     [
@@ -188,6 +194,7 @@ def test_building_without_the_right_torch_is_explained(
     assert "pip install --no-build-isolation ." in result.stderr
 
 
+@needs_sources
 def test_building_for_an_untested_torch_is_warned_of(tmp_path: Path) -> None:
     """The warning comes before compiling, which is not waited for."""
     before = f"os.environ['FLASHMLA_TORCH'] = {str(headers(tmp_path, 99))!r}\n"
