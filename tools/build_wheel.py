@@ -3,9 +3,9 @@
     python tools/build_wheel.py --outdir dist                # or: make wheel
     python tools/build_wheel.py --series 2.13 2.14           # or: make wheel SERIES='2.13 2.14'
 
-The wheel has a library of operators for each series of torch in SUPPORTED_TORCH, or for those named.
-The series of the installed torch is compiled against that; tools/fetch_torch.py gets the others. One
-that cannot be had is left out of the wheel and of what it demands of pip, and named at the end.
+The wheel has a library of operators for each series of torch in SUPPORTED_TORCH, or those named.
+What the installed torch is not, tools/fetch_torch.py gets. A series that cannot be had is left out
+of the wheel and of what the wheel demands of pip, and named at the end.
 
 The wheel serves every Python from 3.10 on (cp310-abi3). auditwheel names its platform: the oldest C
 library that has every symbol it needs. torch's libraries are left out, torch brings them.
