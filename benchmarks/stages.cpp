@@ -158,9 +158,9 @@ void measure(const FormatInfo& format, int32_t heads, int32_t keys, double durat
   AttentionParams p = {};
   p.batch = p.q_len = 1;
   p.heads = heads;
-  p.q_type = p.out_type = format.format == CacheFormat::kF32   ? ScalarType::kF32
-                          : format.format == CacheFormat::kF16 ? ScalarType::kF16
-                                                               : ScalarType::kBf16;
+  p.q_type = p.q_main_type = p.out_type = format.format == CacheFormat::kF32   ? ScalarType::kF32
+                                          : format.format == CacheFormat::kF16 ? ScalarType::kF16
+                                                                               : ScalarType::kBf16;
   const int64_t element = size_of(p.q_type);
   const Memory q = allocate(static_cast<size_t>(heads * kWidth * element)),
                out = allocate(static_cast<size_t>(heads * kLatent * element));

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -375,6 +381,199 @@ def test_errors():
         fixed.fork(2)
     fixed.reset(batch=4)
     assert fixed.max_batch == 4
+
+
+INTEGERS = [1.0, True, "1", None, torch.tensor(1.0), torch.tensor(True), -1, 2**40]
+
+
+@pytest.mark.parametrize("value", INTEGERS, ids=str)
+@pytest.mark.parametrize("fixed", [False, True], ids=["growing", "fixed"])
+def test_integers_are_integers(fixed, value):
+    """Floats, bools and numbers out of bounds are refused by name, and nothing has changed."""
+    limit = {"max_batch": 3, "max_cache_len": 16} if fixed else {}
+    cache = filled(3, batch=2, block_size=4, **limit)
+    optional: list[Any] = [] if value is None else [("batch", lambda: cache.reset(value))]
+    calls: list[Any] = [
+        ("batch", lambda: cache.reserve(value, 1)),
+        ("new_tokens", lambda: cache.reserve(1, value)),
+        ("copies", lambda: cache.reserve(2, 1, value)),
+        (r"lengths(\[0\])?", lambda: cache.truncate(value)),
+        (r"lengths\[1\]", lambda: cache.truncate([1, value])),
+        (r"index\[1\]", lambda: cache.reorder([1, value])),
+        ("n", lambda: cache.fork(value)),
+        ("sequence", lambda: cache.free(value)),
+        ("layer", lambda: cache.kv_cache(value)),
+        ("layer", lambda: cache.append(value, torch.ones(2, 3, 4), torch.ones(2, 3, 2))),
+        *optional,
+    ]
+    before = cache.batch, cache.cache_seqlens.tolist(), cache.block_table.tolist()
+    rows = [rows_of(cache, 0, sequence) for sequence in range(2)]
+    for name, call in calls:
+        with pytest.raises((TypeError, ValueError, IndexError), match=f"^{name}: got "):
+            call()
+        assert before == (cache.batch, cache.cache_seqlens.tolist(), cache.block_table.tolist())
+        assert all(torch.equal(rows_of(cache, 0, i), rows[i]) for i in range(2))
+    made = {"num_layers": 2, "latent_dim": 64, "rope_dim": 32}
+    optional = ["latent_dim", "rope_dim", "max_cache_len"]
+    for name in (*made, "block_size", "max_batch", "max_cache_len"):
+        if value is None and name in optional:
+            continue
+        with pytest.raises((TypeError, ValueError), match=f"^{name}: got"):
+            PagedLatentCache(**{**made, name: value})
+
+
+@pytest.mark.parametrize("kind", [int, torch.tensor, lambda x: torch.tensor(x).numpy().item()])
+def test_what_counts_as_an_integer(kind):
+    cache = new_cache(block_size=kind(4))
+    cache.reserve(kind(2), kind(3))
+    cache.truncate(kind(2))
+    cache.fork(kind(2))
+    cache.reorder([kind(1), kind(2)])
+    cache.free(kind(0))
+    assert cache.cache_seqlens[:2].tolist() == [0, 2]
+
+
+def test_bounds_come_before_memory():
+    """What no machine has is refused at once: by the bounds of the class, or by the system."""
+    start = time.monotonic()
+    cache = filled(3, block_size=4)
+    for batch, tokens in ((1, 2**30), (2**20, 2**30), (1, 2**31), (2**21, 0)):
+        with pytest.raises(
+            (ValueError, RuntimeError), match=r"batch: |new_tokens: |allocate|block"
+        ):
+            cache.reserve(batch, tokens)
+    for options in ({"max_cache_len": 2**30}, {"max_cache_len": 2**30, "max_batch": 2**20}):
+        with pytest.raises((ValueError, RuntimeError), match=r"max_cache_len: |allocate"):
+            PagedLatentCache(27, 512, 64, **options)
+    assert cache.cache_seqlens.tolist() == [3]
+    assert time.monotonic() - start < 5
+
+
+def test_slots_beyond_int32():
+    """4096 blocks of a million tokens (of a layer without rows)."""
+    cache = PagedLatentCache(1, None, None, block_size=2**20, max_batch=4096, max_cache_len=2**20)
+    assert cache.reserve(4096, 2)[-1].tolist() == [4095 * 2**20, 4095 * 2**20 + 1]
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["growing", "fixed"])
+def test_a_change_replaces_tables_and_lengths(fixed):
+    """A call that has them goes on with what they said. Fixed tensors: see the next test."""
+    limit = {"max_batch": 4, "max_cache_len": 32} if fixed else {}
+    cache = filled(3, batch=2, block_size=2, **limit)
+    changes = [
+        lambda: cache.fork(2),
+        lambda: cache.truncate(2),
+        lambda: cache.reorder([1, 0]),
+        lambda: cache.free(0),
+        lambda: cache.reset(),
+        lambda: cache.reset(3),
+    ]
+    if not fixed:
+        changes = [lambda: extend(cache, 1, 2), lambda: extend(cache, 9, 3), *changes]
+    for change in changes:
+        tensors = cache.block_table, cache.cache_seqlens
+        contents = [tensor.clone() for tensor in tensors]
+        change()
+        for tensor, content in zip(tensors, contents, strict=True):
+            assert torch.equal(tensor, content)
+
+
+def test_a_step_of_fixed_tensors_keeps_them():
+    """A compiled step finds everything where it was: lengths are added to in place."""
+    cache = filled(3, batch=2, block_size=2, max_batch=2, max_cache_len=32)
+    tensors = cache.block_table, cache.cache_seqlens, cache.kv_cache(0)
+    table = cache.block_table.clone()
+    extend(cache, 4, 2)
+    assert all(
+        a is b
+        for a, b in zip(
+            tensors, (cache.block_table, cache.cache_seqlens, cache.kv_cache(0)), strict=True
+        )
+    )
+    assert torch.equal(cache.block_table, table)
+    assert cache.cache_seqlens.tolist() == [7, 7]
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["growing", "fixed"])
+def test_attending_while_another_thread_appends(fixed):
+    """Who took the lengths of a finished step, then table and pool, gets the result of that step,
+    bit by bit, as long as later tokens are only appended."""
+    limit = {"max_batch": 4, "max_cache_len": 4000} if fixed else {}
+    cache = PagedLatentCache(1, 64, 0, dtype=torch.float32, block_size=1, **limit)
+    q = torch.randn(4, 1, 2, 64)
+    finished = []  # lengths, and the result that belongs to them
+    errors = []
+    done = threading.Event()
+
+    def attend(lengths):
+        return ops.mla_attention(q, cache.kv_cache(0), cache.block_table, lengths, 64, 0.1)[0]
+
+    def append():
+        try:
+            for _ in range(300):
+                cache.reserve(4, 3)
+                cache.append(0, torch.randn(4, 3, 64), torch.empty(4, 3, 0))
+                lengths = cache.cache_seqlens.clone() if fixed else cache.cache_seqlens
+                finished.append((lengths, attend(lengths)))
+        except Exception as error:
+            errors.append(error)
+        finally:
+            done.set()
+
+    thread = threading.Thread(target=append)
+    thread.start()
+    compared = 0
+    while not done.is_set():
+        if finished:
+            lengths, expected = finished[-1]
+            table = cache.block_table  # after the lengths, and before the pool
+            out, _ = ops.mla_attention(q, cache.kv_cache(0), table, lengths, 64, 0.1)
+            assert torch.equal(out, expected)
+            compared += 1
+    thread.join()
+    assert not errors
+    assert compared > 20
+
+
+def test_memory_that_is_really_exhausted():
+    """A fork that the system has no memory for: every sequence keeps its own rows."""
+    program = """if True:
+        import resource, torch
+        from torch_flash_mla import PagedLatentCache
+        cache = PagedLatentCache(1, 4096, 0, dtype=torch.float32, block_size=256)
+        cache.reserve(2, 100)
+        rows = torch.stack([torch.full((100, 4096), 1.0), torch.full((100, 4096), 2.0)])
+        cache.append(0, rows, torch.zeros(2, 100, 0))
+        used = int(open("/proc/self/statm").read().split()[0]) * 4096
+        for change in (
+            lambda: cache.reorder([1] * 8), lambda: cache.fork(8), lambda: cache.reserve(2, 5000)
+        ):
+            resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 20), -1))
+            try:
+                change()
+            except (RuntimeError, MemoryError) as error:
+                print(type(error).__name__, "allocate" in str(error))
+            resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+            slots = cache.block_table.long() * 256
+            print(cache.kv_cache(0).view(-1, 4096)[slots[:2, 0], 0].tolist(), cache.batch)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.stdout == "RuntimeError True\n[1.0, 2.0] 2\n" * 3, done.stdout + done.stderr
+
+
+def test_a_change_needs_a_new_step():
+    """Slots of before a change may be somebody else's."""
+    cache = filled(6, batch=2, block_size=4)
+    for change in (lambda: cache.truncate(3), lambda: cache.fork(2), cache.reset):
+        cache.reserve(2, 1)
+        change()
+        with pytest.raises(ValueError, match="after a change of the sequences"):
+            cache.append(0, torch.ones(2, 1, 4), torch.ones(2, 1, 2))
 
 
 def test_allocator():

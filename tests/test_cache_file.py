@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import copy
+import errno
 import hashlib
 import json
+import os
+import resource
+import signal
 import subprocess
 import sys
+import threading
+import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +27,10 @@ from transformers_cases import families, small_model
 
 from torch_flash_mla import PagedLatentCache
 from torch_flash_mla.formats import PACKED_FORMATS
-from torch_flash_mla.integrations._fingerprint import difference, fingerprint
 from torch_flash_mla.integrations.transformers import MLACache, patch
+from torch_flash_mla.integrations.transformers.fingerprint import difference, fingerprint
 
+ROOT = str(Path(__file__).parents[1])
 FAMILY = "deepseek_v3"
 FAMILIES = (FAMILY, "kimi_linear", "dots3_note", "hy_v4", "mistral_large4", "glm5_next")
 FAMILIES = tuple(family for family in FAMILIES if family in families())
@@ -57,8 +65,38 @@ def filled(model: PreTrainedModel, ids: Tensor, **arguments: Any) -> MLACache:
     return cache
 
 
+def parts(data: bytes) -> tuple[dict[str, Any], dict[str, Any], bytes]:
+    """A cache file's header of safetensors, document and tensors."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    return header, json.loads(header["__metadata__"]["torch_flash_mla"]), data[8 + length :]
+
+
+def joined(header: dict[str, Any], document: dict[str, Any], tensors: bytes) -> bytes:
+    """The file again, with the right checksum of the document."""
+    text = json.dumps(document)
+    header["__metadata__"]["torch_flash_mla"] = text
+    header["__metadata__"]["torch_flash_mla.crc32"] = f"{zlib.crc32(text.encode()):08x}"
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    return len(head).to_bytes(8, "little") + head + tensors
+
+
+def changed(path: Path, **changes: Any) -> None:
+    """Changes fields of a document, for a reader that does not trust what has a right checksum."""
+    header, document, tensors = parts(path.read_bytes())
+    path.write_bytes(joined(header, document | changes, tensors))
+
+
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# Fields of a PagedLatentCache in a file.
+DOCUMENT = (
+    "block_size", "block_table", "dtype", "kind", "kv_cache_dtype", "latent_dims", "lengths",
+    "max_batch", "max_cache_len", "num_blocks", "rope_dims", "tensors", "version",
+)  # fmt: skip
 
 
 class TestPages:
@@ -117,12 +155,12 @@ class TestPages:
         def mapped() -> bool:
             return str(tmp_path / "cache") in Path("/proc/self/maps").read_text()
 
-        loaded = PagedLatentCache.load(tmp_path / "cache")
+        loaded = PagedLatentCache.load(tmp_path / "cache", mmap=True)
         self.extend(loaded, 3, 2)  # the last blocks have room
         assert mapped()
         self.extend(loaded, 1, 2)
         assert not mapped()
-        loaded = PagedLatentCache.load(tmp_path / "cache", mmap=False)
+        loaded = PagedLatentCache.load(tmp_path / "cache")
         assert not mapped()
         address = loaded.kv_cache(0).data_ptr()
         self.extend(loaded, 8, 2)  # there is room for more blocks
@@ -158,24 +196,6 @@ class TestPages:
         loaded = PagedLatentCache.load(tmp_path / "cache")
         assert (loaded.batch, loaded.num_layers, loaded.latent_dims) == (0, 3, [0, 0, 0])
 
-    def test_a_failed_write_leaves_the_old_file(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        path = tmp_path / "cache"
-        cache = self.filled()
-        cache.save(path)
-        before = digest(path)
-
-        def half(tensors: Any, name: Path, metadata: Any) -> None:
-            name.write_bytes(b"half a file")
-            raise OSError("disk full")
-
-        monkeypatch.setattr(safetensors.torch, "save_file", half)
-        with pytest.raises(OSError, match="disk full"):
-            cache.save(path)
-        assert digest(path) == before
-        assert list(tmp_path.iterdir()) == [path]
-
     def test_files_that_are_refused(self, tmp_path: Path) -> None:
         path = tmp_path / "cache"
         load: Callable[[], Any] = lambda: PagedLatentCache.load(path)  # noqa: E731
@@ -189,52 +209,345 @@ class TestPages:
             load()
         self.filled().save(path)
         whole = path.read_bytes()
-        for length in (4, 100, len(whole) - 1):
+        for length in (4, 100):
             path.write_bytes(whole[:length])
             with pytest.raises(ValueError, match="not a safetensors file, or a damaged one"):
+                load()
+        for data in (whole[:1000], whole[:-1], whole[:-1000], whole + b"x"):
+            path.write_bytes(data)
+            with pytest.raises(ValueError, match=r"cache: damaged cache file \("):
                 load()
         safetensors.torch.save_file({"pool.0": torch.ones(2)}, path)
         with pytest.raises(ValueError, match="no cache of torch_flash_mla"):
             load()
+        path.unlink()
+        os.mkfifo(path)  # must not wait for a writer
+        with pytest.raises(ValueError, match="not a file"):
+            load()
+        with pytest.raises(IsADirectoryError):
+            PagedLatentCache.load(tmp_path)
+
+    def test_a_safetensors_file(self, tmp_path: Path) -> None:
+        """Readers of safetensors find the pools."""
+        cache = self.filled()
+        cache.save(tmp_path / "cache")
+        stored = safetensors.torch.load_file(tmp_path / "cache")
+        assert list(stored) == ["pool.0", "pool.1"]
+        assert torch.equal(stored["pool.0"].view(-1, 96)[:21], cache.kv_cache(0).view(-1, 96)[:21])
 
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"version": 2}, "cache file of version 2, expected 1"),
+            ({"version": 1}, "cache file of version 1, expected 2"),
+            ({"version": 3}, "cache file of version 3, expected 2"),
             ({"kind": "MLACache"}, r"holds a MLACache, expected a PagedLatentCache"),
-            ({"lengths": [21]}, "block_table: got 2 rows for 1"),
+            ({"lengths": [21]}, "block_table: 2 rows for 1"),
             ({"lengths": [21, 99]}, "row 1 has 3 blocks for 99"),
-            ({"lengths": [21, "x"]}, "TypeError"),
-            ({"lengths": None}, "TypeError"),
+            ({"lengths": [21, "x"]}, r"lengths\[1\]: got 'x', expected 0 .. "),
+            ({"lengths": [21, 21.0]}, r"lengths\[1\]: got 21.0, expected 0 .. "),
+            ({"lengths": None}, "lengths: got None, expected a list"),
             ({"block_table": [[0, 1, 2], [3, 4, 6]]}, "got 6, expected 0 .. 5"),
             ({"block_table": [[0, 1, 2], [3, 4, -1]]}, "got -1, expected 0 .. 5"),
+            ({"block_table": [[0, 1, 2], [3, 4, True]]}, "got True, expected 0 .. 5"),
             ({"block_table": [[0, 1, 2], [3, 4, 2]]}, "partly filled and shared"),
             ({"num_blocks": 10**12}, "num_blocks: got 1000000000000"),
+            ({"num_blocks": 10**6}, "block_table: a block is unused"),
             ({"num_blocks": 5}, "got 5, expected 0 .. 4"),
             ({"block_size": 16}, "row 0 has 3 blocks for 21"),
+            ({"block_size": 0}, "block_size: got 0"),
             ({"latent_dims": [64, 32]}, r"pool.1: got .* \[6, 8, 96\], expected .* \[6, 8, 64\]"),
             ({"latent_dims": [64, 64, 64], "rope_dims": [32] * 3}, "no tensor 'pool.2'"),
+            ({"latent_dims": [64, 0], "rope_dims": [32] * 2}, "of a layer without latent_dims"),
+            ({"latent_dims": [64] * 3}, "rope_dims: 2 of them for 3 layers"),
+            ({"latent_dims": [2**62, 64]}, r"latent_dims\[0\]: got 4611686018427387904"),
             ({"dtype": "float16"}, "pool.0: got torch.bfloat16"),
             ({"dtype": "nn"}, "dtype: got 'nn'"),
+            ({"dtype": ["bfloat16"]}, "dtype: got ..bfloat16"),
             ({"kv_cache_dtype": "q9"}, "kv_cache_dtype: got 'q9'"),
-            ({"max_cache_len": 16}, "lengths: got 21, expected at most 16"),
-            ({"max_batch": 1}, "block_table: got 2 rows for 2 of 1"),
+            ({"max_cache_len": 16}, r"lengths\[0\]: got 21, expected 0 .. 16"),
+            ({"max_cache_len": 10**9}, "max_cache_len: 250000000 blocks wanted by a file of 6"),
+            ({"max_cache_len": 2**64}, "max_cache_len: got 18446744073709551616"),
+            ({"max_batch": 1}, "block_table: 2 rows for 2 lengths, of 1"),
+            ({"max_batch": 2**64}, "max_batch: got 18446744073709551616"),
+            ({"tensors": {}}, "tensors: 'pool.0', 'pool.1' is not in both headers"),
+            ({"tensors": []}, r"tensors: got \[\], expected an object"),
         ],
         ids=lambda x: next(iter(x.items()))[0] if isinstance(x, dict) else "",
     )
     def test_headers_that_are_refused(
         self, tmp_path: Path, changes: dict[str, Any], message: str
     ) -> None:
+        """At once, and before memory is taken for anything."""
         path = tmp_path / "cache"
         self.filled().save(path)
-        with safetensors.safe_open(path, "pt") as file:
-            header = json.loads(file.metadata()["torch_flash_mla"])
-        stored = safetensors.torch.load_file(path)
-        document = json.dumps(header | changes)
-        safetensors.torch.save_file(stored, path, metadata={"torch_flash_mla": document})
+        changed(path, **changes)
+        start = time.monotonic()
         with pytest.raises(ValueError, match=message) as error:
             PagedLatentCache.load(path)
+        assert time.monotonic() - start < 1
         assert str(error.value).startswith(str(path))
+
+    @pytest.mark.parametrize("field", list(DOCUMENT))
+    def test_every_field_is_looked_at(self, tmp_path: Path, field: str) -> None:
+        path = tmp_path / "cache"
+        self.filled().save(path)
+        header, document, tensors = parts(path.read_bytes())
+        assert set(document) == set(DOCUMENT)
+        hostile: list[Any] = [-1, 2**64, 1.5, "x", True, {}, [[]], [None], None]
+        for value in hostile:
+            if value == document[field]:
+                continue
+            path.write_bytes(joined(header, document | {field: value}, tensors))
+            with pytest.raises(ValueError, match="cache: "):
+                PagedLatentCache.load(path)
+        del document[field]
+        path.write_bytes(joined(header, document, tensors))
+        with pytest.raises(ValueError, match="damaged cache file"):
+            PagedLatentCache.load(path)
+
+    @pytest.mark.parametrize("mmap", [True, False])
+    def test_fewer_blocks_than_declared(self, tmp_path: Path, mmap: bool) -> None:
+        """Nothing of what the memory held before is taken for contents."""
+        path = tmp_path / "cache"
+        self.filled().save(path)
+        header, document, tensors = parts(path.read_bytes())
+        size = len(tensors) // 2 // 6
+        header["pool.1"] |= {"shape": [5, 8, 96], "data_offsets": [6 * size, 11 * size]}
+        document["tensors"]["pool.1"][1] = [5, 8, 96]
+        path.write_bytes(joined(header, document, tensors[:-size]))
+        with pytest.raises(ValueError, match=r"pool.1: got .* \[5, 8, 96\], expected .* \[6, 8"):
+            PagedLatentCache.load(path, mmap=mmap, verify=False)
+
+    def test_swapped_and_overlapping_tensors(self, tmp_path: Path) -> None:
+        path = tmp_path / "cache"
+        self.filled().save(path)
+        header, document, tensors = parts(path.read_bytes())
+        first, second = header["pool.0"]["data_offsets"], header["pool.1"]["data_offsets"]
+        for offsets in ([second, first], [second, second]):
+            header["pool.0"]["data_offsets"], header["pool.1"]["data_offsets"] = offsets
+            path.write_bytes(joined(header, document, tensors))
+            with pytest.raises(ValueError, match=r"pool\.0 does not match its checksum"):
+                PagedLatentCache.load(path)
+        for offsets in ([first[0], first[1] + 1], [-2, first[1]], [first[1], first[0]], [1], None):
+            header["pool.0"]["data_offsets"] = offsets
+            path.write_bytes(joined(header, document, tensors))
+            with pytest.raises(ValueError, match="damaged cache file"):
+                PagedLatentCache.load(path)
+
+    @pytest.mark.parametrize("mmap", [True, False], ids=["mapped", "read"])
+    def test_a_flipped_bit_is_refused_by_name(self, tmp_path: Path, mmap: bool) -> None:
+        """In every tensor, and everywhere in the header."""
+        path = tmp_path / "cache"
+        cache = self.filled()
+        cache.save(path)
+        whole = path.read_bytes()
+        begin = len(whole) - 2 * 6 * 8 * 96 * 2
+        for position in (begin, begin + 6 * 8 * 96 * 2 - 1, len(whole) - 1):
+            name = f"pool.{int(position >= begin + 6 * 8 * 96 * 2)}"
+            data = bytearray(whole)
+            data[position] ^= 4
+            path.write_bytes(data)
+            with pytest.raises(ValueError, match=f"{name} does not match its checksum") as error:
+                PagedLatentCache.load(path, mmap=mmap)
+            assert str(error.value).startswith(str(path))
+            unseen = PagedLatentCache.load(path, mmap=mmap, verify=False)  # as its docs say
+            assert not torch.equal(unseen.kv_cache(0), cache.kv_cache(0)[:6]) or name == "pool.1"
+        for position in range(begin):
+            data = bytearray(whole)
+            data[position] ^= 1 << position % 8
+            path.write_bytes(data)
+            try:
+                loaded = PagedLatentCache.load(path, mmap=mmap, verify=False)
+            except ValueError as error:
+                assert str(error).startswith(str(path))
+            else:  # of a space, for instance
+                assert torch.equal(self.rows(loaded, 0), self.rows(cache, 0))
+                assert torch.equal(self.rows(loaded, 1), self.rows(cache, 1))
+
+    def test_a_file_that_is_truncated_after_loading(self, tmp_path: Path) -> None:
+        """What was read stays; a process that maps it is killed by the system, as documented."""
+        path = tmp_path / "cache"
+        cache = self.filled(2000)
+        cache.save(path)
+        whole = path.read_bytes()
+        loaded = PagedLatentCache.load(path)
+        os.truncate(path, 4096)
+        assert torch.equal(self.rows(loaded, 1), self.rows(cache, 1))
+        for mmap in (False, True):  # and one that is truncated already is an error
+            with pytest.raises(ValueError, match="damaged cache file"):
+                PagedLatentCache.load(path, mmap=mmap, verify=False)
+        path.write_bytes(whole)
+        program = f"""if True:
+            import os
+            from torch_flash_mla import PagedLatentCache
+            cache = PagedLatentCache.load({str(path)!r}, mmap=True)
+            os.truncate({str(path)!r}, 4096)
+            cache.kv_cache(1).sum()
+        """
+        done = subprocess.run([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
+        assert done.returncode == -signal.SIGBUS
+
+    def test_a_mapped_file_may_be_replaced_or_deleted(self, tmp_path: Path) -> None:
+        path = tmp_path / "cache"
+        cache = self.filled(2000)
+        cache.save(path)
+        loaded = PagedLatentCache.load(path, mmap=True)
+        self.filled(3).save(path)
+        assert torch.equal(self.rows(loaded, 1), self.rows(cache, 1))
+        path.unlink()
+        assert torch.equal(self.rows(loaded, 0), self.rows(cache, 0))
+
+
+class TestSaving:
+    """What a save leaves behind, whatever happens to it."""
+
+    def cache(self, tokens: int = 2000) -> PagedLatentCache:
+        cache = PagedLatentCache(1, 64, 0, dtype=torch.float32, block_size=8)
+        cache.reserve(1, tokens)
+        cache.append(0, torch.randn(1, tokens, 64), torch.empty(1, tokens, 0))
+        return cache
+
+    def refused(self, folder: Path, kind: type[OSError], number: int) -> None:
+        """A save over an old file fails with one of Python's own errors and changes nothing."""
+        path = folder / "cache"
+        before = digest(path)
+        with pytest.raises(kind) as error:
+            self.cache().save(path)
+        assert error.value.errno == number
+        assert digest(path) == before
+        assert [*folder.iterdir()] == [path]
+
+    def test_a_limit_of_file_size(self, tmp_path: Path) -> None:
+        self.cache(9).save(tmp_path / "cache")
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            self.refused(tmp_path, OSError, errno.EFBIG)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    def test_a_full_disk(self, tmp_path: Path) -> None:
+        """A file system of 256 KiB, mounted where nobody else sees it."""
+        isolated = ["unshare", "--user", "--map-root-user", "--mount"]
+        mount = f"mount -t tmpfs -o size=256k none {tmp_path}"
+        if subprocess.run([*isolated, "sh", "-c", mount], capture_output=True).returncode:
+            pytest.skip("no right to mount a file system")
+        program = f"""if True:
+            import os, torch
+            from torch_flash_mla import PagedLatentCache
+            os.chdir({str(tmp_path)!r})
+            cache = PagedLatentCache(1, 64, 0, dtype=torch.float32)
+            cache.reserve(1, 9)
+            cache.append(0, torch.randn(1, 9, 64), torch.empty(1, 9, 0))
+            cache.save("cache")
+            before = open("cache", "rb").read()
+            cache.reserve(1, 2000)
+            try:
+                cache.save("cache")
+            except OSError as error:
+                print(os.strerror(error.errno), os.listdir(), before == open("cache", "rb").read())
+        """
+        command = f"{mount} && exec {sys.executable} -c '{program.replace(chr(39), chr(34))}'"
+        done = subprocess.run(
+            [*isolated, "sh", "-c", command],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": ROOT},
+        )
+        assert done.stdout == "No space left on device ['cache'] True\n", done.stderr
+
+    def test_errors_are_those_of_the_system(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match="missing/cache"):
+            self.cache(9).save(tmp_path / "missing" / "cache")
+        (tmp_path / "folder").mkdir()
+        with pytest.raises(IsADirectoryError):
+            self.cache(9).save(tmp_path / "folder")
+        (tmp_path / "file").write_text("")
+        with pytest.raises(NotADirectoryError, match="file/cache"):
+            self.cache(9).save(tmp_path / "file" / "cache")
+        assert sorted(x.name for x in tmp_path.iterdir()) == ["file", "folder"]
+
+    def test_an_interrupt(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.cache(9).save(tmp_path / "cache")
+        before = digest(tmp_path / "cache")
+
+        def interrupted(descriptor: int) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(os, "fsync", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            self.cache().save(tmp_path / "cache")
+        assert digest(tmp_path / "cache") == before
+        assert len([*tmp_path.iterdir()]) == 1
+
+    @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+    def test_permissions_obey_the_umask(self, tmp_path: Path, umask: int) -> None:
+        former = os.umask(umask)
+        try:
+            self.cache(9).save(tmp_path / "cache")
+        finally:
+            os.umask(former)
+        assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o666 & ~umask
+
+    def test_many_savers_and_readers_of_one_name(self, tmp_path: Path) -> None:
+        """Every reader finds one whole file, whoever wrote it."""
+        path = tmp_path / "cache"
+        caches = [self.cache(tokens) for tokens in (100, 101, 102)]
+        expected = [cache.kv_cache(0).view(-1, 64)[: 100 + i] for i, cache in enumerate(caches)]
+        caches[0].save(path)
+        errors: list[BaseException] = []
+        loads = 0
+
+        def repeat(work: Callable[[], None], times: int) -> None:
+            try:
+                for _ in range(times):
+                    work()
+            except BaseException as error:
+                errors.append(error)
+
+        def read() -> None:
+            nonlocal loads
+            loaded = PagedLatentCache.load(path, mmap=loads % 2 == 0)
+            tokens = int(loaded.cache_seqlens[0])
+            rows = loaded.kv_cache(0).view(-1, 64)[:tokens]
+            assert torch.equal(rows, expected[tokens - 100])
+            loads += 1
+
+        threads = [threading.Thread(target=repeat, args=(read, 200))]
+        threads += [
+            threading.Thread(target=repeat, args=(lambda cache=cache: cache.save(path), 60))
+            for cache in caches
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not errors
+        assert loads == 200
+        assert [*tmp_path.iterdir()] == [path]
+
+    def test_appending_meanwhile(self, tmp_path: Path) -> None:
+        """A file has the tokens of before, and no half-written ones fail its checksums."""
+        cache = self.cache(500)
+        expected = cache.kv_cache(0).view(-1, 64)[:500].clone()
+        done = threading.Event()
+
+        def append() -> None:
+            while not done.is_set():
+                cache.reserve(1, 3)
+                cache.append(0, torch.randn(1, 3, 64), torch.empty(1, 3, 0))
+
+        thread = threading.Thread(target=append)
+        thread.start()
+        try:
+            for _ in range(30):
+                cache.save(tmp_path / "cache")
+                loaded = PagedLatentCache.load(tmp_path / "cache")
+                assert loaded.cache_seqlens[0] >= 500
+                assert torch.equal(loaded.kv_cache(0).view(-1, 64)[:500], expected)
+        finally:
+            done.set()
+            thread.join()
 
 
 class TestModels:

@@ -20,8 +20,8 @@ from transformers_compare import prompt
 
 from torch_flash_mla import ops
 from torch_flash_mla.formats import row_bytes
-from torch_flash_mla.integrations._mla_cache import CACHE_ARGUMENT
 from torch_flash_mla.integrations.transformers import MLACache, patch
+from torch_flash_mla.integrations.transformers.compat import CACHE_ARGUMENT
 
 FAMILY = "deepseek_v3"
 # The others are marked slow.

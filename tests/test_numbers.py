@@ -187,7 +187,7 @@ def test_logits_over_the_range_of_float32(case, cache_format, logit, scale, sign
     rows = (0.05 * torch.randn(2, n, L + R, generator=generator) + 0.4 * key) * sign
     rows[:, 77] = key if sign > 0 else -0.1 * key
     cache = stored(rows, cache_format)
-    q = (logit / scale / key.square().sum() * key.double()).expand(2, 1, heads, L + R)
+    q = (logit / scale / key.double().square().sum() * key.double()).expand(2, 1, heads, L + R)
     given = arguments(cache, q.float().bfloat16(), cache_format, softmax_scale=scale)
     assert given["q"].isfinite().all()
     out, lse = ops.mla_attention(**given)

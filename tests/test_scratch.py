@@ -16,7 +16,7 @@ from torch_flash_mla import ops
 DECODE = """
 import torch
 from torch_flash_mla import ops
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # which of several threads have had work is chance
 heads, latent, rope, dtype, name = {heads}, 512, 64, torch.{dtype}, "{name}"
 q = torch.randn(1, 1, heads, latent + rope).bfloat16()
 held = []
@@ -42,7 +42,7 @@ def test_scratch_of_a_decode_call_does_not_depend_on_its_length(
     assert result.returncode == 0, result.stderr
     short, long = map(int, result.stdout.split())
     assert short == long
-    assert 0 < short < 16 << 20  # of two threads
+    assert 0 < short < 8 << 20
 
 
 def test_calls_from_many_threads_do_not_disturb_each_other() -> None:

@@ -287,6 +287,18 @@ class TestRepeatedRows:
         whole = torch.cat([first, more], dim=1)
         assert torch.equal(generate(model, whole, past_key_values=cache), generate(stock, whole))
 
+    def test_not_again_after_a_crop(self, stock: PreTrainedModel, model: PreTrainedModel) -> None:
+        """Rows that have come equal once may differ when their end is replaced."""
+        ids, more = tokens(40), tokens(20, batch=2, seed=1)
+        cache = MLACache(model.config, block_size=8)
+        cache.share_prompt(2, 40)
+        run(model, ids.repeat(2, 1), cache)
+        cache.crop(-24)
+        run(model, more[:, :-1], cache)
+        actual = run(model, more[:, -1:], cache)
+        whole = torch.cat([ids[:, :16].repeat(2, 1), more], dim=1)
+        assert_same_logits(actual, run(stock, whole, None))
+
     def test_not_while_training(self, model: PreTrainedModel) -> None:
         """Dropout may make the rows differ."""
         trained = copy.deepcopy(model).train()

@@ -13,8 +13,24 @@ from typing import Any
 import pytest
 import torch
 from transformers import PreTrainedModel
-from transformers_cases import TINY_MODEL, families, small_model, tiny_model
-from transformers_compare import FAULTS, MODES, check_fault, check_mode
+from transformers_cases import (
+    TINY_MODEL,
+    families,
+    refused_families,
+    small_model,
+    tiny_model,
+)
+from transformers_compare import (
+    FAULTS,
+    MODES,
+    check_fault,
+    check_format,
+    check_logits,
+    check_mode,
+)
+
+from torch_flash_mla.formats import PACKED_FORMATS
+from torch_flash_mla.integrations.transformers import patch
 
 # Plain; odd head count; sparse with sinks; sparse, layers share keys or have no rope; dims differ
 # per layer, with a sliding window.
@@ -57,8 +73,14 @@ def model_of() -> ModelOf:
 
 
 def test_the_families_are_found() -> None:
-    assert set(FAST_FAMILIES) <= set(families())
-    assert len(families()) >= 10
+    assert {"deepseek_v2", "deepseek_v3", "kimi_k25", "minicpm3"} <= set(families())
+    assert len(families()) >= 9
+
+
+@pytest.mark.parametrize("family", refused_families())
+def test_sparse_families_that_cache_expanded_keys_are_refused(family: str) -> None:
+    with pytest.raises(ValueError, match=r"sparse MLA needs transformers >= 5\.18"):
+        patch(small_model(family))
 
 
 @pytest.mark.parametrize(
@@ -67,6 +89,18 @@ def test_the_families_are_found() -> None:
 )
 def test_same_text_as_stock(model_of: ModelOf, family: str, mode: str) -> None:
     check_mode(model_of(family), MODES[mode])
+
+
+@pytest.mark.parametrize(("family", "what"), cases(["logits"], lambda f, _: f in FAST_FAMILIES))
+def test_same_logits_as_stock(model_of: ModelOf, family: str, what: str) -> None:
+    check_logits(model_of(family))
+
+
+@pytest.mark.parametrize(
+    ("family", "kv_cache_dtype"), cases(PACKED_FORMATS, lambda f, _: f == "deepseek_v3")
+)
+def test_packed_formats(model_of: ModelOf, family: str, kv_cache_dtype: str) -> None:
+    check_format(model_of(family), kv_cache_dtype)
 
 
 @pytest.mark.parametrize(("family", "fault"), cases(FAULTS, lambda f, _: f in FAST_FAMILIES))

@@ -1,23 +1,27 @@
 """Small models of every MLA family of the installed transformers, found by what their code
 contains.
 
-A family is a modeling file that defines ``expand_kv``. Its config is shrunk by the names that such
-configs share; the few things a family needs beyond that (layer patterns, a vision part) are in
-``_SPECIAL``. The
-structure stays real: sparse layers select fewer keys than there are, sliding windows slide, dims
-differ.
+A family is a folder of models whose class with ``generate`` has layers that define ``expand_kv``:
+its own, those of another family (sarvam_mla), or those of its text part (kimi_k25). Its config is
+shrunk by the names that such configs share; the few things a family needs beyond that (layer
+patterns, a vision part) are in ``_SPECIAL`` and ``_VISION``. The structure stays real: sparse
+layers select fewer keys than there are, sliding windows slide, dims differ.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
+
+from torch_flash_mla.integrations.transformers.compat import SPARSE_LAYERS_CACHE_LATENTS
 
 _SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -120,6 +124,12 @@ _VISION: dict[str, dict[str, Any]] = {
         "num_attention_heads": 2,
         "out_hidden_size": 64,
     },
+    "kimi_k25": {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    },
     "mistral_large4": {
         "model_type": "pixtral",
         "hidden_size": 32,
@@ -132,34 +142,66 @@ _VISION: dict[str, dict[str, Any]] = {
 }
 
 
+_MODELS = Path(transformers.__file__).parent / "models"
+
+
 @functools.cache
+def _found() -> dict[str, tuple[str, str]]:
+    """Family -> its model type, and the name of its class with ``generate``: a causal model where
+    there is one, else the multimodal one."""
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    multimodal = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    classes = {
+        name
+        for file in _MODELS.glob("*/modeling_*.py")
+        if "def expand_kv" in (text := file.read_text(encoding="utf-8"))
+        for name in re.findall(r"^class (\w+)\(", text, re.MULTILINE)
+    }
+    with_text_part = re.compile("|".join(f'"{kind}"' for kind in causal if causal[kind] in classes))
+    found: dict[str, tuple[str, str]] = {}
+    for names in (causal, multimodal):
+        for kind, name in names.items():
+            family = model_type_to_module_name(kind)
+            configuration = _MODELS / family / f"configuration_{family}.py"
+            ours = name in classes or (
+                names is multimodal
+                and configuration.exists()
+                and with_text_part.search(configuration.read_text(encoding="utf-8"))
+            )
+            if ours and (family not in found or name.endswith("ForCausalLM")):
+                found[family] = kind, name
+    return found
+
+
 def families() -> tuple[str, ...]:
-    """Names of the model folders whose modeling file defines ``expand_kv``."""
-    root = Path(transformers.__file__).parent / "models"
-    files = root.glob("*/modeling_*.py")
-    return tuple(
-        sorted(f.parent.name for f in files if "def expand_kv" in f.read_text(encoding="utf-8"))
+    """The families that ``patch`` takes, by name."""
+    return tuple(sorted(family for family in _found() if family not in refused_families()))
+
+
+def refused_families() -> tuple[str, ...]:
+    """Sparse families of releases that cache their expanded keys."""
+    if SPARSE_LAYERS_CACHE_LATENTS:
+        return ()
+    sparse = (
+        file.parent.name
+        for file in _MODELS.glob("*/modeling_*.py")
+        if "self.indexer = " in file.read_text(encoding="utf-8")
     )
+    return tuple(sorted(set(sparse) & _found().keys()))
 
 
 def model_class(family: str) -> type[transformers.PreTrainedModel]:
-    """The class with ``generate``: a causal model where there is one, else the multimodal one."""
-    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    for suffix in ("ForCausalLM", "ForConditionalGeneration"):
-        for name, cls in vars(module).items():
-            if name.endswith(suffix) and cls.__module__ == module.__name__:
-                return cls
-    raise LookupError(f"{family} has no model that generates")
+    """The class with ``generate``."""
+    return getattr(transformers, _found()[family][1])
 
 
 def small_config(family: str, **overrides: Any) -> transformers.PreTrainedConfig:
     """A config of two to four small layers; ``overrides`` go to its text part."""
-    config_class = model_class(family).config_class
+    config_class = CONFIG_MAPPING[_found()[family][0]]
     text_class = config_class
     nested = "text_config" in {field.name for field in dataclasses.fields(config_class)}
     if nested:
-        configs = vars(importlib.import_module(config_class.__module__))
-        text_class = next(cls for name, cls in configs.items() if name.endswith("TextConfig"))
+        text_class = type(config_class().get_text_config())
     fields = {field.name for field in dataclasses.fields(text_class)}
     values = {name: value for name, value in _SMALL.items() if name in fields}
     values |= _SPECIAL.get(family, {})

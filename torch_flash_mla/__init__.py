@@ -99,13 +99,8 @@ if TYPE_CHECKING:
         flash_mla_with_kvcache,
         get_mla_metadata,
     )
-    from torch_flash_mla.integrations.transformers import (
-        DecoderStep,
-        MLACache,
-        patch,
-        patched,
-        unpatch,
-    )
+    from torch_flash_mla.integrations.transformers import DecoderStep, MLACache
+    from torch_flash_mla.integrations.transformers.patch import patch, patched, unpatch
     from torch_flash_mla.modules import MLAAttention
 
 

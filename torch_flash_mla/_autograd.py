@@ -54,10 +54,14 @@ def _backward(
     need_q, need_cache, need_w, need_sink, need_q_pe, need_k_pe = needs
     grad_q = q.new_zeros(q.shape) if need_q else None
     grad_q_pe = q_pe.new_zeros(q_pe.shape) if need_q_pe and q_pe is not None else None
-    grad_w = torch.zeros(w_kv_b.shape) if need_w and w_kv_b is not None else None
-    grad_sink = torch.zeros(heads) if need_sink and attn_sink is not None else None
-    grad_cache = torch.zeros(kv_cache.shape) if need_cache else None
-    grad_k_pe = torch.zeros(k_pe_cache.shape) if need_k_pe and k_pe_cache is not None else None
+    grad_w = torch.zeros(w_kv_b.shape, device="cpu") if need_w and w_kv_b is not None else None
+    grad_sink = torch.zeros(heads, device="cpu") if need_sink and attn_sink is not None else None
+    grad_cache = torch.zeros(kv_cache.shape, device="cpu") if need_cache else None
+    grad_k_pe = (
+        torch.zeros(k_pe_cache.shape, device="cpu")
+        if need_k_pe and k_pe_cache is not None
+        else None
+    )
     sink = None if attn_sink is None else attn_sink.float()
 
     for b, length in enumerate(cache_seqlens.tolist()):
@@ -79,15 +83,15 @@ def _backward(
             if indices is not None:
                 limit = None if topk_length is None else int(topk_length[b])
                 chosen = indices[here][tokens, :limit]
-                bias = bias.masked_fill(~_listed(chosen, length).unsqueeze(1), -torch.inf)
+                bias = bias + _listed_times(chosen, length).log().unsqueeze(1)
             q_main = q[here][tokens, :, :main].float()
             q_rope = (q[here][tokens, :, main:] if q_pe is None else q_pe[here][tokens]).float()
             q_latent = q_main if w_uk is None else torch.einsum("shp,hpl->shl", q_main, w_uk)
             shape = (q_main.shape[0], heads)
-            g_out = torch.zeros(*shape, head_dim_v)
+            g_out = torch.zeros(*shape, head_dim_v, device="cpu")
             if grad_out is not None:
                 g_out = grad_out[here][tokens].float()
-            g_lse = torch.zeros(shape)
+            g_lse = torch.zeros(shape, device="cpu")
             if grad_lse is not None:
                 of_sequence = grad_lse[b] if starts is None else grad_lse[:, here]
                 g_lse = of_sequence[:, tokens].float().T
@@ -146,7 +150,7 @@ def _positions(
     kv_cache: Tensor, block_table: Tensor | None, b: int, length: int
 ) -> tuple[Tensor, Tensor]:
     """Block and offset of each token of sequence ``b``."""
-    position = torch.arange(length)
+    position = torch.arange(length, device="cpu")
     if block_table is None:
         return torch.full_like(position, b), position
     block_size = kv_cache.shape[1]
@@ -201,14 +205,16 @@ def _bias(
     mask: Tensor | None,
 ) -> Tensor:
     """float32 [tokens, H or 1, length]: what is added to the logits; minus infinity hides a key."""
-    position = torch.arange(length)
-    last = torch.full((tokens.stop - tokens.start, 1), length)
+    position = torch.arange(length, device="cpu")
+    last = torch.full((tokens.stop - tokens.start, 1), length, device="cpu")
     if causal:
-        last = torch.arange(tokens.start, tokens.stop).unsqueeze(1) + length - q_len + 1
+        last = (
+            torch.arange(tokens.start, tokens.stop, device="cpu").unsqueeze(1) + length - q_len + 1
+        )
     keep = (position < last) & (position >= leftpad)
     if window > 0:
         keep &= position >= last - window
-    bias = torch.zeros(keep.shape).masked_fill(~keep, -torch.inf).unsqueeze(1)
+    bias = torch.zeros(keep.shape, device="cpu").masked_fill(~keep, -torch.inf).unsqueeze(1)
     if mask is None:
         return bias
     mask = mask[..., :length]
@@ -218,11 +224,12 @@ def _bias(
     return bias + mask.float().masked_fill(mask <= lowest, -torch.inf)
 
 
-def _listed(chosen: Tensor, length: int) -> Tensor:
-    """bool [tokens, length]: the positions that each query's list, a row of ``chosen``, names."""
+def _listed_times(chosen: Tensor, length: int) -> Tensor:
+    """float32 [tokens, length]: how often each query's list, a row of ``chosen``, names a key."""
     valid = (chosen >= 0) & (chosen < length)
-    listed = torch.zeros(chosen.shape[0], length + 1, dtype=torch.bool)
-    return listed.scatter_(1, chosen.where(valid, length).long(), True)[:, :length]
+    times = torch.zeros(chosen.shape[0], length + 1, device="cpu")
+    column = chosen.where(valid, length).long()
+    return times.scatter_add_(1, column, torch.ones(column.shape, device="cpu"))[:, :length]
 
 
 def _attention_gradients(

@@ -12,8 +12,10 @@ from torch import Tensor
 from torch_flash_mla import _autograd  # noqa: F401
 
 
-def _check_device(name: str, first: Tensor, **others: Tensor | None) -> None:
+def _check_device(name: str, first: Tensor | None, **others: Tensor | None) -> None:
     """A meta tensor among real ones would bring torch here, and back without a result."""
+    if first is None:
+        raise RuntimeError(f"{name}: undefined tensor")
     for other_name, other in others.items():
         if other is not None and other.device != first.device:
             raise RuntimeError(

@@ -77,14 +77,14 @@ class _Mapped:
         assert lengths is not None
         if table is None:  # block i is sequence i
             batch = lengths.shape[0] // self.samples
-            table = torch.arange(batch, dtype=torch.int32).unsqueeze(1)
+            table = torch.arange(batch, dtype=torch.int32, device="cpu").unsqueeze(1)
         if "block_table" not in self.mapped:
             table = table.expand(self.samples, *table.shape)
         if self.mapped.intersection(pools):
             for name in pools:
                 result[name] = self.folded(name)
             blocks = result["kv_cache"].shape[0] // self.samples
-            first = torch.arange(self.samples, dtype=torch.int32) * blocks
+            first = torch.arange(self.samples, dtype=torch.int32, device="cpu") * blocks
             table = table + first.view(-1, 1, 1)
         return {**result, "block_table": table.flatten(0, 1), "cache_seqlens": lengths}
 

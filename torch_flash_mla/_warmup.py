@@ -55,19 +55,23 @@ def warmup(
         "k_pe_cache": None if k_pe_cache is None else _zeros_like(k_pe_cache),
         "kv_cache_dtype": kv_cache_dtype,
     }
-    # As many sequences (or heads) of equal cost as threads: each thread computes one.
-    table = torch.arange(len(cache), dtype=torch.int32).repeat(threads, 1)
-    for keys in _KEYS:
-        lengths = torch.full((threads,), keys, dtype=torch.int32)
-        for rows in _ROWS:
-            q = torch.zeros(threads, 1, rows, head_dim, dtype=q_dtype)
-            ops.mla_attention(q, cache, table, lengths, head_dim_v, 1.0, **common)
-        if w_kv_b is not None:
-            w = w_kv_b[:1].repeat(threads, 1, 1)
-            width = w.shape[1] - v_head_dim + head_dim - head_dim_v
-            q = torch.zeros(1, _ROWS[0], threads, width, dtype=q_dtype)
-            shape = (table[:1], lengths[:1], w, v_head_dim, 1.0)
-            ops.mla_attention_kv_b(q, cache, *shape, form="expanded", **common)
+    ops.set_steps_apart(True)
+    try:
+        # As many sequences (or heads) of equal cost as threads: each thread computes one.
+        table = torch.arange(len(cache), dtype=torch.int32, device="cpu").repeat(threads, 1)
+        for keys in _KEYS:
+            lengths = torch.full((threads,), keys, dtype=torch.int32, device="cpu")
+            for rows in _ROWS:
+                q = torch.zeros(threads, 1, rows, head_dim, dtype=q_dtype, device="cpu")
+                ops.mla_attention(q, cache, table, lengths, head_dim_v, 1.0, **common)
+            if w_kv_b is not None:
+                w = w_kv_b[:1].repeat(threads, 1, 1)
+                width = w.shape[1] - v_head_dim + head_dim - head_dim_v
+                q = torch.zeros(1, _ROWS[0], threads, width, dtype=q_dtype, device="cpu")
+                shape = (table[:1], lengths[:1], w, v_head_dim, 1.0)
+                ops.mla_attention_kv_b(q, cache, *shape, form="expanded", **common)
+    finally:
+        ops.set_steps_apart(False)
 
 
 def _zeros_like(cache: Tensor) -> Tensor:

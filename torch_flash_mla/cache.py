@@ -5,27 +5,58 @@ Each token takes one row per layer, ``[latent | rope]``, in a pool of fixed-size
 table maps the blocks of a sequence to blocks of the pool, the same for every layer, so sequences
 can share the blocks of a common prefix (beams, parallel samples) and return them without moving
 anything.
+
+A change of the sequences is made beside the present state and taken over at the end, when all
+memory that it needs has been allocated: one that fails leaves the cache as it was. Nor are tables
+and lengths written to that a step has given to the operators; they are replaced, and whoever holds
+them, in another thread too, goes on with what they said.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_flash_mla import _cache_file, ops
-from torch_flash_mla.formats import FLOAT_DTYPES, row_bytes
+from torch_flash_mla._integers import integer, integers
+from torch_flash_mla.formats import FLOAT_DTYPES, PACKED_FORMATS, row_bytes
+
+# Bounds of what callers may ask for. Tables are int32, and what is counted per block or sequence in
+# Python must fit beside the pools.
+MOST_TOKENS = 2**30  # of one sequence
+MOST_BLOCKS = 2**27  # of one cache
+MOST_SEQUENCES = 2**20
+_MOST_LAYERS = 2**16
+_MOST_DIM = 2**20
+
+# A file may ask for more blocks than it holds (max_cache_len), but not for any number.
+_MOST_RESERVED = 2**20
+_MOST_RESERVED_PER_BLOCK = 16
 
 
 class BlockAllocator:
-    """Which blocks are in use, and by how many sequences. Plain bookkeeping, no tensors."""
+    """Which blocks are in use, and by how many sequences. Plain bookkeeping, no tensors.
 
-    def __init__(self, num_blocks: int = 0) -> None:
-        self.references = [0] * num_blocks
-        self._free = list(range(num_blocks - 1, -1, -1))  # a stack: low blocks first
+    Args:
+        num_blocks: blocks at first.
+        references: of each of them; with 0 they are free.
+    """
+
+    def __init__(self, num_blocks: int = 0, references: int = 0) -> None:
+        self.references = [references] * num_blocks
+        # A stack: low blocks first.
+        self._free = [] if references else list(range(num_blocks - 1, -1, -1))
+
+    def copy(self) -> BlockAllocator:
+        """One that changes by itself."""
+        copied = BlockAllocator()
+        copied.references, copied._free = self.references.copy(), self._free.copy()
+        return copied
 
     @property
     def num_blocks(self) -> int:
@@ -55,12 +86,36 @@ class BlockAllocator:
         for block in blocks:
             self.references[block] += 1
 
-    def release(self, blocks: Sequence[int]) -> None:
-        """Drops one reference of each block; a block without references is free."""
+    def release(self, blocks: Sequence[int], idle: list[int] | None = None) -> None:
+        """Drops one reference of each block; a block without references is free, or joins ``idle``,
+        for whoever frees it later."""
+        free = self._free if idle is None else idle
         for block in blocks:
             self.references[block] -= 1
             if self.references[block] == 0:
-                self._free.append(block)
+                free.append(block)
+
+    def free(self, idle: Sequence[int]) -> None:
+        """Makes blocks without references free."""
+        self._free += idle
+
+
+class _Draft:
+    """Who holds which blocks after a change. The cache knows nothing of it until it is taken over.
+
+    Rows of ``blocks`` are replaced, never written to, so those of the cache stay as they are.
+    """
+
+    def __init__(self, cache: PagedLatentCache, sequences: int = 0) -> None:
+        self.allocator = cache.allocator.copy()
+        missing = max(0, sequences - len(cache._blocks))
+        self.blocks: list[Sequence[int]] = [*cache._blocks, *[()] * missing]
+        self.changed: dict[int, int] = {}  # by row: the first column that differs
+        self.pools: list[Tensor] = []  # larger ones, if there must be
+
+    def set_row(self, row: int, blocks: Sequence[int], first: int = 0) -> None:
+        self.blocks[row] = blocks
+        self.changed[row] = first
 
 
 class PagedLatentCache:
@@ -88,6 +143,15 @@ class PagedLatentCache:
     that sequence alone. Whoever breaks it (a fork in the middle of a block, a truncation into a
     shared one) copies that block.
 
+    Every method leaves the cache as it was when it raises, out of memory included. One thread at a
+    time may change a cache. Others may attend meanwhile: ``block_table`` and ``cache_seqlens`` are
+    replaced by each change, so a thread that has read the lengths of a finished step, then the
+    table, then the pool, reads the tokens of that step while later ones are appended. With
+    ``max_cache_len`` one thing differs: ``reserve`` adds to ``cache_seqlens`` in place, since a
+    compiled step must find its tensors where they were; a thread that attends meanwhile takes
+    a copy of the lengths. Truncated, freed or reordered sequences give blocks to others: who still
+    attends with older tables may read the rows of another sequence, but nothing out of bounds.
+
     Args:
         num_layers: number of pools.
         latent_dim: L, for all layers or one per layer; None: ``define_layer`` tells each.
@@ -103,23 +167,27 @@ class PagedLatentCache:
     Attributes:
         block_table: int32 [max_batch, max_blocks].
         cache_seqlens: int32 [max_batch], tokens reserved so far.
-        slot_mapping: int64 [batch, new_tokens] of the last ``reserve``; None before the first.
+        slot_mapping: int64 [batch, new_tokens] of the last ``reserve``; None before the first, and
+            after sequences were truncated, freed or reordered.
         batch: sequences in use.
 
     Raises:
-        ValueError: a size, dtype or format that cannot be.
+        TypeError: a size that is no integer.
+        ValueError: a size, dtype or format that cannot be. Sequences have up to 2**30 tokens, a
+            cache up to 2**20 sequences and 2**27 blocks.
     """
 
     block_table: Tensor
     cache_seqlens: Tensor
     slot_mapping: Tensor | None
     batch: int
+    _blocks: list[Sequence[int]]  # by sequence; the first blocks hold its tokens
 
     def __init__(
         self,
         num_layers: int,
-        latent_dim: int | Sequence[int] | None,
-        rope_dim: int | Sequence[int] | None,
+        latent_dim: int | Sequence[int | None] | None,
+        rope_dim: int | Sequence[int | None] | None,
         *,
         dtype: torch.dtype = torch.bfloat16,
         kv_cache_dtype: str = "auto",
@@ -127,42 +195,43 @@ class PagedLatentCache:
         max_batch: int = 1,
         max_cache_len: int | None = None,
     ) -> None:
-        if block_size < 1:
-            raise ValueError(f"block_size: got {block_size}, expected at least 1")
-        if max_batch < 1:
-            raise ValueError(f"max_batch: got {max_batch}, expected at least 1")
-        if max_cache_len is not None and max_cache_len < 1:
-            raise ValueError(f"max_cache_len: got {max_cache_len}, expected at least 1 or None")
+        self.num_layers = integer("num_layers", num_layers, 0, _MOST_LAYERS)
+        self.block_size = integer("block_size", block_size, 1, MOST_TOKENS)
+        max_batch = integer("max_batch", max_batch, 1, MOST_SEQUENCES)
+        self.max_blocks = None
+        if max_cache_len is not None:
+            tokens = integer("max_cache_len", max_cache_len, 1, MOST_TOKENS)
+            self.max_blocks = -(-tokens // self.block_size)
         if dtype not in FLOAT_DTYPES:
             raise ValueError(f"dtype: got {dtype}, expected one of {FLOAT_DTYPES}")
-        self.num_layers = num_layers
-        self.latent_dims = _per_layer("latent_dim", latent_dim, num_layers)
-        self.rope_dims = _per_layer("rope_dim", rope_dim, num_layers)
+        self.latent_dims = _per_layer("latent_dim", latent_dim, self.num_layers)
+        self.rope_dims = _per_layer("rope_dim", rope_dim, self.num_layers)
         self.dtype = dtype
         self.kv_cache_dtype = kv_cache_dtype
-        self.block_size = block_size
-        self.max_blocks = None if max_cache_len is None else -(-max_cache_len // block_size)
         self._row_shapes = [
             self._row_shape(latent, rope)
             for latent, rope in zip(self.latent_dims, self.rope_dims, strict=True)
         ]
-        self._allocate(max_batch)
+        self.allocator = BlockAllocator()
+        self._pools: list[Tensor] = []
+        self._begin(max_batch)
 
-    def define_layer(
-        self, layer: int, latent_dim: int, rope_dim: int, stored: Tensor | None = None
-    ) -> None:
+    def define_layer(self, layer: int, latent_dim: int, rope_dim: int) -> None:
         """Gives a layer that was made without dims its pool. Before the layer's first ``append``.
 
         Args:
             layer: index of the pool.
             latent_dim: L.
             rope_dim: R.
-            stored: contents of the first blocks, [blocks, block_size, row], taken over without a
-                copy where it is the whole pool.
 
         Raises:
-            ValueError: the layer has other dims already, or ``stored`` is no such pool.
+            IndexError: no such layer.
+            TypeError: a size that is no integer.
+            ValueError: the layer has other dims already, or these cannot be.
         """
+        layer = self._layer(layer)
+        latent_dim = integer("latent_dim", latent_dim, 1, _MOST_DIM)
+        rope_dim = integer("rope_dim", rope_dim, 0, _MOST_DIM)
         dims = self.latent_dims[layer], self.rope_dims[layer]
         if dims == (latent_dim, rope_dim):
             return
@@ -171,25 +240,14 @@ class PagedLatentCache:
                 f"layer {layer}: got L, R = {latent_dim}, {rope_dim}, but it has L, R = {dims}"
             )
         row_shape = self._row_shape(latent_dim, rope_dim)
-        if stored is not None and (
-            stored.dtype != self._storage_dtype
-            or stored.shape[1:] != row_shape
-            or stored.shape[0] > self.allocator.num_blocks
-        ):
-            raise ValueError(
-                f"pool.{layer}: got {stored.dtype} {list(stored.shape)}, expected "
-                f"{self._storage_dtype} {[self.allocator.num_blocks, *row_shape]}"
-            )
-        self.latent_dims[layer], self.rope_dims[layer] = latent_dim, rope_dim
-        self._row_shapes[layer] = row_shape
-        if stored is not None and stored.shape[0] == self.allocator.num_blocks:
-            self._pools[layer] = stored
-            return
         with torch.inference_mode(False):
-            pool = self._new_pool(row_shape)
-        if stored is not None:
-            pool[: stored.shape[0]] = stored
-        self._pools[layer] = pool
+            pool = self._new_pool(row_shape, self.allocator.num_blocks)
+        vars(self).update(
+            _pools=_replaced(self._pools, layer, pool),
+            _row_shapes=_replaced(self._row_shapes, layer, row_shape),
+            latent_dims=_replaced(self.latent_dims, layer, latent_dim),
+            rope_dims=_replaced(self.rope_dims, layer, rope_dim),
+        )
 
     # Shape and size
 
@@ -243,34 +301,69 @@ class PagedLatentCache:
             ``append``.
 
         Raises:
-            ValueError: the batch or the tokens do not fit the fixed tensors. (A compiled step
-                cannot look: there the tokens that do not fit are not written, and attention refuses
-                the length.) Or ``copies`` that do not divide the batch, or of unequal lengths.
+            TypeError: a number that is no integer.
+            ValueError: the batch or the tokens do not fit the fixed tensors, or the bounds of the
+                class. (A compiled step cannot look: there the tokens that do not fit are not
+                written, and attention refuses the length.) Or ``copies`` that do not divide the
+                batch, or of unequal lengths.
+            RuntimeError, MemoryError: no memory.
         """
-        if copies != 1:
-            self._check_copies(batch, copies)
-        self._ensure_rows(batch)
+        if not torch.compiler.is_compiling():
+            batch = integer("batch", batch, 0, MOST_SEQUENCES)
+            new_tokens = integer("new_tokens", new_tokens, 0, MOST_TOKENS)
+            copies = integer("copies", copies, 1)
         if self.max_blocks is None:
-            self._make_room(batch, new_tokens, copies)
-        elif not torch.compiler.is_compiling():
-            self._check_room(batch, new_tokens)
-        self.batch = max(self.batch, batch)
+            return self._reserve_growing(batch, new_tokens, copies)
+        return self._reserve_fixed(batch, new_tokens, copies)
 
+    def _reserve_fixed(self, batch: int, new_tokens: int, copies: int) -> Tensor:
+        self._check_rows(batch, f"batch: got {batch}")
         lengths = self.cache_seqlens[:batch]
-        positions = lengths.long().unsqueeze(1) + torch.arange(new_tokens)
-        last_column = self.block_table.shape[1] - 1
-        columns = (positions // self.block_size).clamp(max=last_column)
-        blocks = self.block_table[:batch].gather(1, columns)
-        slots = blocks * self.block_size + positions % self.block_size
-        if self.max_blocks is not None:
-            slots = torch.where(positions < self.max_blocks * self.block_size, slots, -1)
-        elif copies > 1:
-            first, end = self._filled_blocks(lengths, new_tokens)
+        if not torch.compiler.is_compiling():
+            present = lengths.tolist()
+            longest = max(present, default=0)
+            room = self.block_table.shape[1] * self.block_size
+            if longest + new_tokens > room:
+                raise ValueError(
+                    f"new_tokens: got {new_tokens}, but a sequence of {longest} tokens is in a "
+                    f"cache of max_cache_len={room}"
+                )
+            self._check_copies(present, copies)
+        positions = lengths.long().unsqueeze(1) + torch.arange(new_tokens, device="cpu")
+        fits = positions < self.block_table.shape[1] * self.block_size
+        slots = torch.where(fits, self._slots(self.block_table, positions), -1)
+        lengths += new_tokens
+        self.batch = max(self.batch, batch)
+        self.slot_mapping = slots
+        return slots
+
+    def _reserve_growing(self, batch: int, new_tokens: int, copies: int) -> Tensor:
+        present = self.cache_seqlens.tolist()[:batch]
+        present += [0] * (batch - len(present))
+        longest = max(present, default=0)
+        if longest + new_tokens > MOST_TOKENS:
+            raise ValueError(
+                f"new_tokens: got {new_tokens} for a sequence of {longest} tokens, expected at "
+                f"most {MOST_TOKENS} in all"
+            )
+        self._check_copies(present, copies)
+        draft = self._room(present, new_tokens, copies)
+        change: dict[str, Any] = {} if draft is None else self._drawn(draft)
+        table = change.get("block_table", self.block_table)
+        with torch.inference_mode(False):
+            lengths = _enlarged(self.cache_seqlens, (table.shape[0],))
+            lengths[:batch] += new_tokens
+        positions = lengths[:batch].long().unsqueeze(1) + torch.arange(-new_tokens, 0, device="cpu")
+        slots = self._slots(table, positions)
+        if copies > 1:
+            columns = positions // self.block_size
+            first, end = self._filled_blocks(lengths[:batch] - new_tokens, new_tokens)
             shared = (columns >= first[:, None]) & (columns < end[:, None])
             shared[::copies] = False  # these write
             slots = slots.masked_fill(shared, -1)
-        lengths += new_tokens
-        self.slot_mapping = slots
+        change |= {"cache_seqlens": lengths, "slot_mapping": slots}
+        change["batch"] = max(self.batch, batch)
+        self._take_over(change, draft)
         return slots
 
     def append(self, layer: int, kv_c: Tensor, k_pe: Tensor) -> None:
@@ -283,10 +376,15 @@ class PagedLatentCache:
             k_pe: the same dtype [batch, new_tokens, R], the rotated key.
 
         Raises:
-            ValueError: shapes that are not what was reserved.
+            IndexError: no such layer.
+            ValueError: shapes that are not what was reserved; nothing is reserved.
         """
+        layer = self._layer(layer)
         if self.slot_mapping is None:
-            raise ValueError("append before the first reserve: there is no slot to write to")
+            raise ValueError(
+                "append before the first reserve, or after a change of the sequences: there is no "
+                "slot to write to"
+            )
         latent, rope = self.latent_dims[layer], self.rope_dims[layer]
         batch, tokens = self.slot_mapping.shape
         if kv_c.shape != (batch, tokens, latent):
@@ -301,9 +399,22 @@ class PagedLatentCache:
             self.kv_cache_dtype,
         )
 
+    @contextlib.contextmanager
+    def unchanged_on_error(self) -> Iterator[None]:
+        """Takes back what the block has reserved if it raises. (Rows that it has appended remain in
+        blocks that are free then.)"""
+        before = vars(self).copy()
+        lengths = self.cache_seqlens.clone()
+        try:
+            yield
+        except BaseException:
+            before["cache_seqlens"].copy_(lengths)  # fixed tensors count in place
+            vars(self).update(before)
+            raise
+
     def kv_cache(self, layer: int) -> Tensor:
         """The pool of one layer: [num_blocks, block_size, L + R], or uint8 [.., row bytes]."""
-        return self._pools[layer]
+        return self._pools[self._layer(layer)]
 
     # Between steps
 
@@ -312,17 +423,24 @@ class PagedLatentCache:
         row in use).
 
         Raises:
+            TypeError: a length that is no integer.
             ValueError: a length that is negative or above the present one, or more lengths than
                 sequences.
+            RuntimeError, MemoryError: no memory (for copies of shared blocks).
         """
-        wanted = [lengths] * self.batch if isinstance(lengths, int) else _int_list(lengths)
+        if isinstance(lengths, Tensor) and lengths.dim() == 0:
+            lengths = lengths.item()  # type: ignore[assignment]
+        if isinstance(lengths, (Tensor, Iterable)):
+            wanted = integers("lengths", lengths, 0)
+        else:
+            wanted = [integer("lengths", lengths, 0)] * self.batch
         present = self.cache_seqlens.tolist()
         if len(wanted) > self.batch:
             raise ValueError(
                 f"lengths: got {len(wanted)} of them, but {self.batch} sequences are in use"
             )
         for row, length in enumerate(wanted):
-            if not 0 <= length <= present[row]:
+            if length > present[row]:
                 raise ValueError(f"lengths[{row}]: got {length}, expected 0 .. {present[row]}")
         self._shorten(dict(enumerate(wanted)))
 
@@ -331,7 +449,9 @@ class PagedLatentCache:
 
         Raises:
             IndexError: no such sequence.
+            TypeError: no integer.
         """
+        sequence = integer("sequence", sequence)
         if not 0 <= sequence < self.batch:
             raise IndexError(f"sequence: got {sequence}, but {self.batch} sequences are in use")
         self._shorten({sequence: 0})
@@ -344,80 +464,92 @@ class PagedLatentCache:
         children. The batch becomes ``len(index)``.
 
         Raises:
+            TypeError: an index that is no integer (a mask is no index).
             ValueError: an index outside the batch, or more sequences than the fixed tensors hold.
+            RuntimeError, MemoryError: no memory (for copies of partly filled blocks).
         """
-        parents = _int_list(index)
+        parents = integers("index", index, 0)
         for row, parent in enumerate(parents):
-            if not 0 <= parent < self.batch:
+            if parent >= self.batch:
                 raise ValueError(
                     f"index[{row}]: got {parent}, but {self.batch} sequences are in use"
                 )
         if parents == list(range(self.batch)):
             return
-        self._ensure_rows(len(parents))
+        self._check_rows(len(parents), f"index: got {len(parents)} entries")
         lengths = self.cache_seqlens.tolist()
         blocks = self._blocks
         children = [(row, blocks[parent], lengths[parent]) for row, parent in enumerate(parents)]
-        emptied: list = [(row, [], 0) for row in range(len(parents), self.batch)]
-        self._rebuild(children + emptied)
-        self.batch = len(parents)
+        emptied: list = [(row, (), 0) for row in range(len(parents), self.batch)]
+        self._rebuild(children + emptied, len(parents))
 
     def fork(self, n: int) -> None:
         """Repeats each sequence ``n`` times in place (rows 0, 0, .., 1, 1, ..), sharing its blocks.
 
         Raises:
+            TypeError: ``n`` is no integer.
             ValueError: ``n`` below 1, or more sequences than the fixed tensors hold.
+            RuntimeError, MemoryError: no memory (for copies of partly filled blocks).
         """
-        if n < 1:
-            raise ValueError(f"n: got {n}, expected at least 1")
+        n = integer("n", n, 1)
+        self._check_rows(self.batch * n, f"n: got {n} for a batch of {self.batch}")
         self.reorder([row for row in range(self.batch) for _ in range(n)])
 
     def reset(self, batch: int | None = None) -> None:
-        """Empties every sequence. A ``batch`` above ``max_batch`` allocates larger tensors."""
-        if batch is not None and batch > self.max_batch:
-            self._allocate(batch)
-            return
-        self._shorten(dict.fromkeys(range(self.max_batch), 0))
-        self.batch = 0
-        self.slot_mapping = None
+        """Empties every sequence. A ``batch`` above ``max_batch`` allocates larger tensors.
+
+        Raises:
+            TypeError: ``batch`` is no integer.
+            ValueError: a negative ``batch``, or one beyond the bounds of the class.
+            RuntimeError, MemoryError: no memory for larger tensors.
+        """
+        if batch is not None:
+            batch = integer("batch", batch, 0, MOST_SEQUENCES)
+        self._begin(max(self.max_batch, batch or 0))
 
     # On disk
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the sequences in use to a file that :meth:`load` reads: safetensors, shared blocks
-        once, free blocks not at all.
+        once, free blocks not at all, each tensor with a checksum.
 
-        The file appears whole or not at all, and replaces one of the same name. Blocks that do not
-        lie in order in their pool are copied first, which takes their size in memory.
+        The file appears whole or not at all, and replaces one of the same name; its permissions are
+        those that the umask leaves. Other threads and processes may save to the same name, and one
+        may append meanwhile: the file then has the tokens of before.
 
         Raises:
-            OSError: the file cannot be written.
+            OSError: the file cannot be written. One that was there is as it was.
         """
         header, tensors = self.snapshot()
         _cache_file.write(path, type(self).__name__, header, tensors)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], mmap: bool = True) -> PagedLatentCache:
+    def load(
+        cls, path: str | os.PathLike[str], mmap: bool = False, verify: bool = True
+    ) -> PagedLatentCache:
         """A cache as :meth:`save` found it, with lengths, sharing, and fixed tensors if it had
         them. It can be used in every way; the file stays as it is.
 
         Args:
             path: a file of :meth:`save`.
-            mmap: map the pools instead of reading them. Pages come from the file when attention
-                first reads them, those that are written to become private copies, and a pool that
-                grows is copied to memory then. The file must not be rewritten in place meanwhile
-                (replacing or deleting it is fine). Fixed tensors are always read at once.
+            mmap: map the pools instead of reading them into memory. Processes then share the pages
+                of one file, and those that are written to become private copies; a pool that grows
+                is copied to memory. The file must stay as it is while it is mapped: replacing or
+                deleting it is fine, as ``save`` does, but the system kills a process (SIGBUS) that
+                reads where somebody has truncated the file in place. Fixed tensors are read anyway.
+            verify: compare every tensor with its checksum, which reads the file once. Without it a
+                mapped pool is read when attention first reads it, and damage to rows goes
+                unnoticed. The rest of the file is always verified.
 
         Raises:
-            OSError: the file cannot be opened.
-            ValueError: not such a file, of another version, or damaged. (The rows themselves carry
-                no checksum.)
+            OSError: the file cannot be opened or read.
+            ValueError: not such a file, of another version, or damaged; the message says where.
+            RuntimeError, MemoryError: no memory for it.
         """
-        header, tensors = _cache_file.read(path, cls.__name__)
-        with _cache_file.decoding(path):
-            return cls.from_snapshot(header, tensors, mmap)
+        with _cache_file.opened(path, cls.__name__, mmap, verify) as (header, tensors):
+            return cls.from_snapshot(header, tensors)
 
-    def snapshot(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def snapshot(self) -> tuple[dict[str, Any], dict[str, _cache_file.Content]]:
         """What :meth:`save` stores: a header for JSON, and the pools by name, unused blocks left
         out."""
         lengths = self.cache_seqlens[: self.batch].tolist()
@@ -438,94 +570,124 @@ class PagedLatentCache:
             "num_blocks": len(used),
             "block_table": [[place[block] for block in blocks] for blocks in held],
         }
-        self._clear_behind(lengths)
-        in_order = used == list(range(len(used)))
-        tensors = {}
-        for layer, pool in enumerate(self._pools):
-            if pool.shape[-1]:
-                rows = pool[: len(used)] if in_order else pool[torch.tensor(used)]
-                tensors[f"pool.{layer}"] = rows
-        return header, tensors
+        # Nobody reads the rows behind the end of a sequence, but what the memory held before has no
+        # place in a file.
+        ends = {
+            place[blocks[-1]]: n % self.block_size
+            for blocks, n in zip(held, lengths, strict=True)
+            if n % self.block_size
+        }
+        contents = {
+            f"pool.{layer}": _stored_blocks(pool, used, ends)
+            for layer, pool in enumerate(self._pools)
+            if pool.shape[-1]
+        }
+        return header, contents
 
     @classmethod
     def from_snapshot(
-        cls, header: Mapping[str, Any], tensors: Any, mmap: bool = True
+        cls, header: Mapping[str, Any], tensors: _cache_file.StoredTensors
     ) -> PagedLatentCache:
-        """The inverse of :meth:`snapshot`; ``tensors[name]`` gives a pool. Arguments and errors are
-        those of :meth:`load`."""
-        dtype = getattr(torch, header["dtype"], None)
-        if dtype not in FLOAT_DTYPES:
-            raise ValueError(f"dtype: got {header['dtype']!r}, expected one of {FLOAT_DTYPES}")
-        latent_dims, rope_dims = header["latent_dims"], header["rope_dims"]
-        cache = cls(
+        """The inverse of :meth:`snapshot`. Everything in ``header`` is compared with the tensors
+        before memory is taken for it. Errors are those of :meth:`load`."""
+        fields = _cache_file.Fields(header)
+        dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
+        dtype = dtypes[fields.choice("dtype", dtypes)]
+        kv_cache_dtype = fields.choice("kv_cache_dtype", ("auto", *PACKED_FORMATS))
+        block_size = fields.integer("block_size", 1, MOST_TOKENS)
+        latent_dims = fields.integers("latent_dims", 0, _MOST_DIM)
+        rope_dims = fields.integers("rope_dims", 0, _MOST_DIM)
+        max_batch = fields.integer("max_batch", 1, MOST_SEQUENCES)
+        max_cache_len = fields.optional_integer("max_cache_len", 1, MOST_TOKENS)
+        lengths = fields.integers("lengths", 0, max_cache_len or MOST_TOKENS)
+        num_blocks = fields.integer("num_blocks", 0, MOST_BLOCKS)
+        table = fields.lists("block_table", 0, num_blocks - 1)
+        if len(latent_dims) != len(rope_dims):
+            raise ValueError(f"rope_dims: {len(rope_dims)} of them for {len(latent_dims)} layers")
+        if len(lengths) > max_batch or len(table) != len(lengths):
+            raise ValueError(
+                f"block_table: {len(table)} rows for {len(lengths)} lengths, of {max_batch}"
+            )
+        _check_sharing(lengths, table, num_blocks, block_size)
+        if max_cache_len is not None:
+            reserved = max_batch * -(-max_cache_len // block_size)
+            most = max(_MOST_RESERVED, _MOST_RESERVED_PER_BLOCK * num_blocks)
+            if reserved > most:
+                raise ValueError(
+                    f"max_cache_len: {reserved} blocks wanted by a file of {num_blocks}, expected "
+                    f"at most {most}"
+                )
+
+        # A layer that nobody has defined has neither dims nor a pool.
+        defined = [i for i, latent in enumerate(latent_dims) if latent]
+        if any(rope_dims[i] for i in set(range(len(rope_dims))).difference(defined)):
+            raise ValueError("rope_dims: of a layer without latent_dims")
+        plain = cls(
             len(latent_dims),
-            None,
-            None,
+            [latent or None for latent in latent_dims],
+            rope_dims,
             dtype=dtype,
-            kv_cache_dtype=header["kv_cache_dtype"],
-            block_size=header["block_size"],
-            max_batch=header["max_batch"],
-            max_cache_len=header["max_cache_len"],
+            kv_cache_dtype=kv_cache_dtype,
+            block_size=block_size,
         )
-        cache._adopt(header["lengths"], header["block_table"], header["num_blocks"], not mmap)
-        for layer, (latent, rope) in enumerate(zip(latent_dims, rope_dims, strict=True)):
-            if latent or rope:
-                cache.define_layer(layer, latent, rope, tensors[f"pool.{layer}"])
+        for layer in defined:
+            shape = (num_blocks, *plain._row_shapes[layer])
+            tensors.check(f"pool.{layer}", plain._storage_dtype, shape)
+
+        if max_cache_len is None:
+            cache = plain
+            cache._begin(max_batch)
+        else:
+            cache = cls(
+                plain.num_layers,
+                [latent or None for latent in latent_dims],
+                rope_dims,
+                dtype=dtype,
+                kv_cache_dtype=kv_cache_dtype,
+                block_size=block_size,
+                max_batch=max_batch,
+                max_cache_len=max_cache_len,
+            )
+        cache._adopt(lengths, table, num_blocks, tensors)
         return cache
 
     def _adopt(
-        self, lengths: list[int], table: list[list[int]], num_blocks: int, with_room: bool
+        self,
+        lengths: list[int],
+        table: list[list[int]],
+        num_blocks: int,
+        tensors: _cache_file.StoredTensors,
     ) -> None:
         """Gives an empty cache the sequences of a snapshot, in blocks 0 .. num_blocks - 1."""
-        batch = len(lengths)
-        if not 0 <= num_blocks <= sum(map(len, table)):
-            raise ValueError(f"num_blocks: got {num_blocks} for {sum(map(len, table))} entries")
-        if batch > self.max_batch or len(table) != batch:
-            raise ValueError(f"block_table: got {len(table)} rows for {batch} of {self.max_batch}")
-        if self.max_cache_len is not None and max(lengths, default=0) > self.max_cache_len:
-            raise ValueError(f"lengths: got {max(lengths)}, expected at most {self.max_cache_len}")
-        references = [0] * num_blocks
-        for row, (blocks, length) in enumerate(zip(table, lengths, strict=True)):
-            if length < 0 or len(blocks) != self._blocks_of(length):
-                raise ValueError(f"block_table: row {row} has {len(blocks)} blocks for {length}")
-            for block in blocks:
-                if not 0 <= block < num_blocks:
-                    raise ValueError(f"block_table: got {block}, expected 0 .. {num_blocks - 1}")
-                references[block] += 1
-        partial = [b[-1] for b, n in zip(table, lengths, strict=True) if n % self.block_size]
-        if 0 in references or any(references[block] > 1 for block in partial):
-            raise ValueError("block_table: a block is unused, or partly filled and shared")
-
         if self.max_blocks is not None:
-            total = self.max_batch * self.max_blocks
+            total = self.allocator.num_blocks
+        elif tensors.mmap:
+            total = num_blocks
         else:
-            total = max(num_blocks + 1, _grown(num_blocks)) if with_room else num_blocks
-        self.allocator = BlockAllocator(total)
-        stored = self.allocator.allocate(num_blocks)  # 0 .. num_blocks - 1, the low ones first
-        for row in range(self.max_batch):
-            blocks = table[row] if row < batch else []
-            self.allocator.share(blocks)
-            reserved = (self.max_blocks or len(blocks)) - len(blocks)
-            self._blocks[row] = blocks + self.allocator.allocate(reserved)
-            self._write_table(row)
-        self.allocator.release(stored)
-        self._write_lengths(dict(enumerate(lengths)))
-        self.batch = batch
+            total = max(num_blocks + 1, _grown(num_blocks))
+        for layer, shape in enumerate(self._row_shapes):
+            if tensors.mmap and total == num_blocks and shape[-1]:
+                self._pools[layer] = tensors[f"pool.{layer}"]
+                continue
+            if self.max_blocks is None:
+                self._pools[layer] = self._new_pool(shape, total)
+            if shape[-1]:
+                tensors.read(f"pool.{layer}", self._pools[layer][:num_blocks])
 
-    def _clear_behind(self, lengths: list[int]) -> None:
-        """Zeroes the rows behind the end in the last block of each sequence: nobody reads them, but
-        what the memory held before has no place in a file."""
-        slots = [
-            blocks[n // self.block_size] * self.block_size + offset
-            for blocks, n in zip(self._blocks, lengths, strict=False)
-            if n % self.block_size
-            for offset in range(n % self.block_size, self.block_size)
-        ]
-        if slots:
-            index = torch.tensor(slots)
-            for pool in self._pools:
-                if pool.shape[-1]:
-                    pool.view(-1, pool.shape[-1])[index] = 0
+        draft = _Draft(self)
+        draft.allocator = BlockAllocator(total)
+        stored = draft.allocator.allocate(num_blocks)  # 0 .. num_blocks - 1, the low ones first
+        for row in range(self.max_batch):
+            blocks = table[row] if row < len(table) else []
+            draft.allocator.share(blocks)
+            reserved = (self.max_blocks or len(blocks)) - len(blocks)
+            if blocks or reserved:
+                draft.set_row(row, blocks + draft.allocator.allocate(reserved))
+        draft.allocator.release(stored)
+        change = self._drawn(draft)
+        change["cache_seqlens"] = self._with_lengths(dict(enumerate(lengths)))
+        change["batch"] = len(lengths)
+        self._take_over(change)
 
     # Blocks
 
@@ -533,19 +695,47 @@ class PagedLatentCache:
     def _storage_dtype(self) -> torch.dtype:
         return self.dtype if self.kv_cache_dtype == "auto" else torch.uint8
 
-    def _allocate(self, max_batch: int) -> None:
-        """Makes all tensors anew, for ``max_batch`` empty sequences."""
+    def _begin(self, sequences: int) -> None:
+        """Begins anew with empty sequences. Pools are kept where their size need not change."""
         per_row = self.max_blocks or 0
-        self.allocator = BlockAllocator(max_batch * per_row)
-        self._blocks = [self.allocator.allocate(per_row) for _ in range(max_batch)]
-        self.batch = 0
-        self.slot_mapping = None
+        total = sequences * per_row if per_row else self.allocator.num_blocks
+        if total > MOST_BLOCKS:
+            raise ValueError(
+                f"max_cache_len: {per_row} blocks for each of {sequences} sequences, expected at "
+                f"most {MOST_BLOCKS} in all"
+            )
         with torch.inference_mode(False):  # later steps write to them in whatever mode they run
-            self.block_table = torch.zeros(max_batch, max(per_row, 1), dtype=torch.int32)
-            self.cache_seqlens = torch.zeros(max_batch, dtype=torch.int32)
-            self._pools = [self._new_pool(shape) for shape in self._row_shapes]
-        for row in range(max_batch):
-            self._write_table(row)
+            pools = self._pools
+            if not pools or total != self.allocator.num_blocks:
+                pools = [self._new_pool(shape, total) for shape in self._row_shapes]
+            columns = per_row or (self.block_table.shape[1] if total else 1)
+            table = torch.zeros(sequences, columns, dtype=torch.int32, device="cpu")
+            if per_row:
+                torch.arange(total, dtype=torch.int32, out=table.view(-1), device="cpu")
+            lengths = torch.zeros(sequences, dtype=torch.int32, device="cpu")
+        if per_row:
+            starts = range(0, total, per_row)
+            blocks: list[Sequence[int]] = [range(first, first + per_row) for first in starts]
+        else:
+            blocks = [()] * sequences
+        change = {
+            "allocator": BlockAllocator(total, references=1 if per_row else 0),
+            "_blocks": blocks,
+            "_pools": pools,
+            "block_table": table,
+            "cache_seqlens": lengths,
+            "slot_mapping": None,
+            "batch": 0,
+        }
+        self._take_over(change)
+
+    def _layer(self, layer: int) -> int:
+        """An index of a pool."""
+        if type(layer) is not int:
+            layer = integer("layer", layer)
+        if not 0 <= layer < self.num_layers:
+            raise IndexError(f"layer: got {layer}, but there are {self.num_layers}")
+        return layer
 
     def _row_shape(self, latent: int, rope: int) -> tuple[int, int]:
         """Shape of one block; a layer without dims has rows without values."""
@@ -553,47 +743,55 @@ class PagedLatentCache:
             return self.block_size, latent + rope
         return self.block_size, row_bytes(self.kv_cache_dtype, latent, rope)
 
-    def _new_pool(self, row_shape: tuple[int, int]) -> Tensor:
-        return torch.empty(self.allocator.num_blocks, *row_shape, dtype=self._storage_dtype)
+    def _new_pool(self, row_shape: tuple[int, int], num_blocks: int) -> Tensor:
+        return torch.empty(num_blocks, *row_shape, dtype=self._storage_dtype, device="cpu")
 
-    def _check_room(self, batch: int, new_tokens: int) -> None:
-        longest = max(self.cache_seqlens[:batch].tolist(), default=0)
-        room = self.block_table.shape[1] * self.block_size
-        if longest + new_tokens > room:
-            raise ValueError(
-                f"new_tokens: got {new_tokens}, but a sequence of {longest} tokens is in a cache "
-                f"of max_cache_len={room}"
-            )
+    def _slots(self, table: Tensor, positions: Tensor) -> Tensor:
+        """int64 [batch, n]: slots of the tokens at ``positions`` (those beyond the table: any)."""
+        columns = (positions // self.block_size).clamp(max=table.shape[1] - 1)
+        blocks = table[: positions.shape[0]].gather(1, columns)
+        return blocks.long() * self.block_size + positions % self.block_size
 
-    def _make_room(self, batch: int, new_tokens: int, copies: int) -> None:
-        """Growing mode: gives each sequence the blocks that its next tokens need."""
-        lengths = self.cache_seqlens[:batch].tolist()
-        missing = []
+    def _room(self, lengths: list[int], new_tokens: int, copies: int) -> _Draft | None:
+        """Growing mode: gives each sequence the blocks that its next tokens need; None: it has
+        them."""
+        batch = len(lengths)
+        held = [len(blocks) for blocks in self._blocks[:batch]]
+        held += [0] * (batch - len(held))
+        wanted = [self._blocks_of(length + new_tokens) for length in lengths]
+        if wanted == held and batch <= self.max_batch:
+            return None
         shared = []  # columns of the blocks that a row takes from the first of its copies
         for row, length in enumerate(lengths):
             first, end = self._filled_blocks(length, new_tokens) if row % copies else (0, 0)
-            shared.append(slice(first, max(first, end)))
-            count = self._blocks_of(length + new_tokens) - len(self._blocks[row])
-            missing.append(max(0, count - max(0, end - first)))
-        self._ensure_free(sum(missing))
+            shared.append(range(first, max(first, end)))
+        missing = [
+            want - have - len(common)
+            for want, have, common in zip(wanted, held, shared, strict=True)
+        ]
+        draft = _Draft(self, batch)
+        self._ensure_free(draft, sum(missing))
         for row, count in enumerate(missing):
-            before = len(self._blocks[row])
-            common = self._blocks[row - row % copies][shared[row]]
-            self.allocator.share(common)
-            self._blocks[row] += common + self.allocator.allocate(count)
-            if len(self._blocks[row]) > before:
-                self._write_table(row, first=before)
+            leader = draft.blocks[row - row % copies]
+            common = [leader[column] for column in shared[row]]
+            draft.allocator.share(common)
+            added = common + draft.allocator.allocate(count)
+            if added:
+                draft.set_row(row, [*draft.blocks[row], *added], first=held[row])
+        return draft
 
     def _filled_blocks(self, length: Any, new_tokens: int) -> tuple[Any, Any]:
         """Columns [first, end) of the blocks that the next tokens fill from their start; of an int
         or a tensor."""
         return -(-length // self.block_size), (length + new_tokens) // self.block_size
 
-    def _check_copies(self, batch: int, copies: int) -> None:
-        if copies < 1 or batch % copies:
-            raise ValueError(f"copies: got {copies}, expected a divisor of the batch {batch}")
-        lengths = self.cache_seqlens[: min(batch, self.max_batch)].tolist()
-        lengths += [0] * (batch - len(lengths))
+    def _check_copies(self, lengths: list[int], copies: int) -> None:
+        if copies == 1:
+            return
+        if len(lengths) % copies:
+            raise ValueError(
+                f"copies: got {copies}, expected a divisor of the batch {len(lengths)}"
+            )
         for row, length in enumerate(lengths):
             if length != lengths[row - row % copies]:
                 raise ValueError(
@@ -601,23 +799,30 @@ class PagedLatentCache:
                     f"{lengths[row - row % copies]} and {length} tokens"
                 )
 
+    def _check_rows(self, batch: int, got: str) -> None:
+        if self.max_blocks is not None and batch > self.max_batch:
+            raise ValueError(f"{got}, but the cache was made for max_batch={self.max_batch}")
+        if batch > MOST_SEQUENCES:
+            raise ValueError(f"{got}, expected at most {MOST_SEQUENCES} sequences")
+
     def _shorten(self, rows: dict[int, int]) -> None:
         """Sets the lengths of some rows, none above the present one."""
-        if (
-            self.max_blocks is not None and self.allocator.num_free == 0
-        ):  # every block has one owner
-            self._write_lengths(rows)
+        if self.max_blocks is not None and self.allocator.num_free == 0:  # each block has one owner
+            lengths = self._with_lengths(rows)
+            self._take_over({"cache_seqlens": lengths, "slot_mapping": None})
         else:
-            self._rebuild([(row, self._blocks[row], length) for row, length in rows.items()])
+            blocks = self._blocks
+            self._rebuild([(row, blocks[row], n) for row, n in rows.items()], self.batch)
 
-    def _rebuild(self, rows: list[tuple[int, list[int], int]]) -> None:
+    def _rebuild(self, rows: list[tuple[int, Sequence[int], int]], batch: int) -> None:
         """Makes each row ``(row, blocks, length)`` hold the first ``length`` tokens of ``blocks``.
 
         Full blocks are shared. The block that the next token goes to, and reserved ones behind it,
         must be the row's own: the first row that asks for one keeps it, unless somebody else has it
         as a full block; the others get a fresh one, with the tokens copied.
         """
-        allocator = self.allocator
+        draft = _Draft(self, max((row + 1 for row, _, _ in rows), default=0))
+        allocator = draft.allocator
         keeper: dict[int, int] = {}
         for row, blocks, length in rows:
             full = length // self.block_size
@@ -625,34 +830,38 @@ class PagedLatentCache:
                 keeper.setdefault(block, row)
             allocator.share(blocks[:full])
         allocator.share(list(keeper))
+        # Growing mode copies to blocks that are free today: nothing is lost if it must stop there.
+        # Fixed tensors may have none.
+        idle: list[int] | None = [] if self.max_blocks is None else None
         for row, _, _ in rows:
-            allocator.release(self._blocks[row])
+            allocator.release(draft.blocks[row], idle)
 
-        copies = []
+        tails: list[list[int | None]] = []  # the own blocks of each row; None: a fresh one
         for row, blocks, length in rows:
+            full, held = length // self.block_size, self._blocks_held(length)
+            tail: list[int | None] = []
+            for block in blocks[full:held]:
+                keeps = keeper[block] == row and allocator.references[block] == 1
+                if keeper[block] == row and not keeps:
+                    allocator.release([block], idle)
+                tail.append(block if keeps else None)
+            tails.append(tail + [None] * (held - full - len(tail)))
+
+        count = sum(tail.count(None) for tail in tails)
+        self._ensure_free(draft, count)
+        fresh = iter(allocator.allocate(count))
+        copies = []
+        for (row, blocks, length), tail in zip(rows, tails, strict=True):
             full = length // self.block_size
-            held = self._blocks_held(length)
-            own = []
-            for position, block in enumerate(blocks[full:held], start=full):
-                if keeper[block] == row:
-                    if allocator.references[block] == 1:
-                        own.append(block)
-                        continue
-                    allocator.release([block])
-                self._ensure_free(1)
-                own += allocator.allocate(1)
-                if position == full and length % self.block_size:
-                    copies.append((block, own[-1]))
-            self._ensure_free(held - full - len(own))
-            own += allocator.allocate(held - full - len(own))
-            self._blocks[row] = blocks[:full] + own
-            self._write_table(row)
-        self._write_lengths({row: length for row, _, length in rows})
-        if copies:
-            mapping = torch.tensor(copies, dtype=torch.int64)
-            for pool in self._pools:
-                if pool.shape[-1]:
-                    ops.copy_blocks(pool, mapping)
+            own = [next(fresh) if block is None else block for block in tail]
+            if length % self.block_size and tail[0] is None:
+                copies.append((blocks[full], own[0]))
+            draft.set_row(row, [*blocks[:full], *own])
+        allocator.free(idle or ())
+        change = self._drawn(draft)
+        change["cache_seqlens"] = self._with_lengths({row: n for row, _, n in rows})
+        change |= {"batch": batch, "slot_mapping": None}
+        self._take_over(change, draft, copies)
 
     def _blocks_of(self, length: int) -> int:
         return -(-length // self.block_size)
@@ -661,55 +870,133 @@ class PagedLatentCache:
         """Blocks that a row of this length holds: with fixed tensors always all."""
         return self._blocks_of(length) if self.max_blocks is None else self.max_blocks
 
-    def _ensure_free(self, count: int) -> None:
-        """Enlarges the pools until ``count`` blocks are free. Fixed ones always hold enough."""
-        needed = self.allocator.num_blocks - self.allocator.num_free + count
-        if needed <= self.allocator.num_blocks:
+    def _ensure_free(self, draft: _Draft, count: int) -> None:
+        """Gives a draft larger pools if fewer than ``count`` blocks are free. Fixed ones always
+        hold enough."""
+        allocator = draft.allocator
+        needed = allocator.num_blocks - allocator.num_free + count
+        if needed <= allocator.num_blocks:
             return
-        self.allocator.grow(max(needed, _grown(self.allocator.num_blocks)))
-        for layer, old in enumerate(self._pools):
-            with torch.inference_mode(False):
-                pool = self._new_pool(self._row_shapes[layer])
-            pool[: old.shape[0]] = old
-            self._pools[layer] = pool
-
-    def _ensure_rows(self, batch: int) -> None:
-        if batch <= self.max_batch:
-            return
-        if self.max_blocks is not None:
-            raise ValueError(
-                f"batch: got {batch}, but the cache was made for max_batch={self.max_batch}"
-            )
-        self._blocks += [[] for _ in range(batch - self.max_batch)]
+        if needed > MOST_BLOCKS:
+            raise ValueError(f"{needed} cache blocks wanted, expected at most {MOST_BLOCKS}")
+        total = min(max(needed, _grown(allocator.num_blocks)), MOST_BLOCKS)
         with torch.inference_mode(False):
-            self.block_table = _enlarged(self.block_table, (batch, self.block_table.shape[1]))
-            self.cache_seqlens = _enlarged(self.cache_seqlens, (batch,))
+            draft.pools = [
+                pool if len(pool) >= total else self._new_pool(shape, total)
+                for pool, shape in zip(self._pools, self._row_shapes, strict=True)
+            ]
+        allocator.grow(total)
 
-    def _write_table(self, row: int, first: int = 0) -> None:
-        """Copies the blocks of a row, from the ``first`` on, into the block table."""
-        blocks = self._blocks[row]
-        columns = self.block_table.shape[1]
-        if len(blocks) > columns:
-            columns = max(len(blocks), columns + columns // 2)
-            with torch.inference_mode(False):
-                self.block_table = _enlarged(self.block_table, (self.max_batch, columns))
-        self.block_table[row, first : len(blocks)] = torch.tensor(blocks[first:], dtype=torch.int32)
+    def _drawn(self, draft: _Draft) -> dict[str, Any]:
+        """The attributes that a draft changes, its table drawn."""
+        rows, columns = len(draft.blocks), self.block_table.shape[1]
+        widest = max((len(draft.blocks[row]) for row in draft.changed), default=0)
+        if widest > columns:
+            columns = max(widest, columns + columns // 2)
+        with torch.inference_mode(False):
+            table = _enlarged(self.block_table, (rows, columns))
+            for row, first in draft.changed.items():
+                blocks = draft.blocks[row]
+                table[row, first : len(blocks)] = torch.tensor(
+                    blocks[first:], dtype=torch.int32, device="cpu"
+                )
+        return {"allocator": draft.allocator, "_blocks": draft.blocks, "block_table": table}
 
-    def _write_lengths(self, rows: dict[int, int]) -> None:
-        if rows:
-            self.cache_seqlens[list(rows)] = torch.tensor(list(rows.values()), dtype=torch.int32)
+    def _with_lengths(self, rows: dict[int, int]) -> Tensor:
+        """The lengths with some of them changed, as a new tensor."""
+        sequences = max(self.max_batch, max(rows, default=0) + 1)
+        with torch.inference_mode(False):
+            lengths = _enlarged(self.cache_seqlens, (sequences,))
+            if rows:
+                lengths[list(rows)] = torch.tensor(
+                    list(rows.values()), dtype=torch.int32, device="cpu"
+                )
+        return lengths
+
+    def _take_over(
+        self,
+        change: dict[str, Any],
+        draft: _Draft | None = None,
+        copies: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        """Makes a change the present state.
+
+        Args:
+            change: the attributes that it replaces.
+            draft: has larger pools, perhaps.
+            copies: blocks (from, to) whose contents move along.
+        """
+        if copies and self.max_blocks is not None:
+            self._overwrite(change, copies)
+            return
+        mapping = torch.tensor(copies, device="cpu") if copies else None
+        # Memory is there; from here on it is filled. Pools one by one, so that only one is there
+        # twice; one that is larger than the allocator knows of does no harm.
+        for layer, pool in enumerate(draft.pools if draft is not None else ()):
+            old = self._pools[layer]
+            if pool is not old:
+                pool[: len(old)] = old
+                self._pools[layer] = pool
+        if mapping is not None:
+            for pool in self._pools:
+                if pool.shape[-1]:
+                    ops.copy_blocks(pool, mapping)
+        vars(self).update(change)  # at once, for signals and other threads too
+
+    def _overwrite(self, change: dict[str, Any], copies: Sequence[tuple[int, int]]) -> None:
+        """Takes over a change of fixed tensors: copies go to blocks that may hold rows of today."""
+        sources, targets = torch.tensor(copies, device="cpu").unbind(1)
+        pools = [pool for pool in self._pools if pool.shape[-1]]
+        new = [pool[sources] for pool in pools]
+        old = [pool[targets] for pool in pools]
+        try:
+            for pool, blocks in zip(pools, new, strict=True):
+                pool[targets] = blocks
+            vars(self).update(change)
+        except BaseException:
+            for pool, blocks in zip(pools, old, strict=True):
+                pool[targets] = blocks
+            raise
 
 
-def _per_layer(name: str, value: int | Sequence[int] | None, num_layers: int) -> list[int]:
-    if value is None:
-        return [0] * num_layers
-    values = [value] * num_layers if isinstance(value, int) else list(value)
+def _per_layer(name: str, value: int | Sequence[int | None] | None, num_layers: int) -> list[int]:
+    values = list(value) if isinstance(value, Sequence) else [value] * num_layers
     if len(values) != num_layers:
         raise ValueError(f"{name}: got {len(values)} values for {num_layers} layers")
-    lowest = 0 if name == "rope_dim" else 1
-    if any(v < lowest for v in values):
-        raise ValueError(f"{name}: got {min(values)}, expected at least {lowest}")
-    return values
+    least = 0 if name == "rope_dim" else 1
+    return [0 if v is None else integer(name, v, least, _MOST_DIM) for v in values]
+
+
+def _check_sharing(
+    lengths: list[int], table: list[list[int]], num_blocks: int, block_size: int
+) -> None:
+    """Every sequence has the blocks that it needs, every block is some sequence's, and blocks that
+    are not full belong to one."""
+    references = [0] * min(num_blocks, 1 + sum(map(len, table)))
+    for row, (blocks, length) in enumerate(zip(table, lengths, strict=True)):
+        if len(blocks) != -(-length // block_size):
+            raise ValueError(f"block_table: row {row} has {len(blocks)} blocks for {length} tokens")
+        for block in blocks:
+            if block < len(references):
+                references[block] += 1
+    partial = [b[-1] for b, n in zip(table, lengths, strict=True) if n % block_size]
+    if 0 in references or any(references[block] > 1 for block in partial):
+        raise ValueError("block_table: a block is unused, or partly filled and shared")
+
+
+def _stored_blocks(pool: Tensor, used: list[int], ends: dict[int, int]) -> _cache_file.Content:
+    """The ``used`` blocks of a pool, for a file. Of those in ``ends``, the rows from there on are
+    zero."""
+
+    def pieces() -> Iterator[Tensor]:
+        group = max(1, _cache_file.PIECE // (pool[0].nbytes if used else 1))
+        for first in range(0, len(used), group):
+            piece = pool[torch.tensor(used[first : first + group], device="cpu")]
+            for block in ends.keys() & range(first, first + len(piece)):
+                piece[block - first, ends[block] :] = 0
+            yield piece
+
+    return _cache_file.Content(pool.dtype, (len(used), *pool.shape[1:]), pieces)
 
 
 def _grown(num_blocks: int) -> int:
@@ -718,12 +1005,13 @@ def _grown(num_blocks: int) -> int:
     return num_blocks + max(min(num_blocks // 2, 8), num_blocks // 8)
 
 
-def _int_list(values: Tensor | Sequence[int]) -> list[int]:
-    return [int(v) for v in (values.tolist() if isinstance(values, Tensor) else values)]
+def _replaced(values: list[Any], index: int, value: Any) -> list[Any]:
+    """A list with another value at ``index``."""
+    return [*values[:index], value, *values[index + 1 :]]
 
 
 def _enlarged(old: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Zeros of a larger shape with ``old`` in its corner."""
-    new = torch.zeros(shape, dtype=old.dtype)
+    new = torch.zeros(shape, dtype=old.dtype, device="cpu")
     new[tuple(slice(n) for n in old.shape)] = old
     return new

@@ -85,7 +85,8 @@ def flash_mla_with_kvcache(
         causal: each query sees the keys up to its own, bottom-right aligned. Dense only.
         is_fp8_kvcache: refused, see ``kv_cache_dtype``.
         indices: int32 [B, Sq, topk], the rows that each query sees, as block * block_size + offset,
-            each at most once; those outside the pool (-1 by convention) are skipped.
+            in any order; those outside the pool (-1 by convention) are skipped, and a row that is
+            listed several times counts as often.
         attn_sink: float32 [H], a logit that joins the softmax sum and has no value.
         extra_k_cache: a second pool, of the same format. With ``indices`` only.
         extra_indices_in_kvcache: int32 [B, Sq, extra topk], the rows of it that each query sees.
@@ -105,6 +106,7 @@ def flash_mla_with_kvcache(
         ValueError: arguments that exclude each other; and all that
             :func:`torch_flash_mla.ops.mla_attention` raises.
     """
+    _require_tensors(q=q, k_cache=k_cache)
     if is_fp8_kvcache:
         raise NotImplementedError(
             "is_fp8_kvcache: float8 caches are not implemented, expected False; for 8-bit caches "
@@ -157,8 +159,8 @@ def flash_mla_with_kvcache(
         return ops.mla_attention(
             q,
             cache,
-            torch.arange(blocks, dtype=torch.int32).expand(batch, blocks),
-            torch.full((batch,), blocks * cache.shape[1], dtype=torch.int32),
+            torch.arange(blocks, dtype=torch.int32, device="cpu").expand(batch, blocks),
+            torch.full((batch,), blocks * cache.shape[1], dtype=torch.int32, device="cpu"),
             head_dim_v,
             softmax_scale,
             indices=rows,
@@ -195,8 +197,8 @@ def flash_mla_sparse_fwd(
     Args:
         q: [Sq, H, D] in the order [latent | rope], bfloat16, float16 or float32.
         kv: [S, 1, D], the rows of the prompt.
-        indices: int32 [Sq, 1, topk], the rows that each query sees, each at most once; those
-            outside 0 .. S - 1 are skipped.
+        indices: int32 [Sq, 1, topk], the rows that each query sees, in any order; those outside
+            0 .. S - 1 are skipped, and a row that is listed several times counts as often.
         sm_scale: factor of the logits.
         d_v: L.
         attn_sink: float32 [H], a logit that joins the softmax sum and has no value.
@@ -219,6 +221,7 @@ def flash_mla_sparse_fwd(
     """
     if q.dim() != 3:
         raise ValueError(f"q: shape {list(q.shape)}, expected [Sq, H, D]")
+    _require_tensors(q=q, kv=kv, indices=indices)
     if kv.dim() != 3 or kv.shape[1] != 1:
         raise ValueError(f"kv: shape {list(kv.shape)}, expected [S, 1, D]")
     if indices.dim() != 3 or indices.shape[:2] != (q.shape[0], 1):
@@ -238,7 +241,7 @@ def flash_mla_sparse_fwd(
             q.unsqueeze(1),
             cache.expand(q_len, *cache.shape),
             None,
-            torch.full((q_len,), kv.shape[0], dtype=torch.int32),
+            torch.full((q_len,), kv.shape[0], dtype=torch.int32, device="cpu"),
             d_v,
             sm_scale,
             indices=rows,
@@ -257,6 +260,12 @@ def flash_mla_sparse_fwd(
     return out, max_logits, lse, attend(indices[:, :, :indexer_topk], counts)[1]
 
 
+def _require_tensors(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
+
+
 def _plus_infinity(lse: Tensor) -> Tensor:
     return lse.masked_fill(lse == -torch.inf, torch.inf)
 
@@ -268,8 +277,8 @@ def _max_logits(
     (q_len, heads, width), topk = q.shape, indices.shape[1]
     hidden = (indices < 0) | (indices >= kv.shape[0])
     if topk_length is not None:
-        hidden |= torch.arange(topk) >= topk_length.unsqueeze(1)
-    result = torch.full((q_len, heads), -torch.inf)
+        hidden |= torch.arange(topk, device="cpu") >= topk_length.unsqueeze(1)
+    result = torch.full((q_len, heads), -torch.inf, device="cpu")
     if topk == 0 or kv.shape[0] == 0:
         return result
     rows = indices.masked_fill(hidden, 0)

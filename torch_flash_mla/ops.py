@@ -61,8 +61,9 @@ def mla_attention(
             broadcastable to [B, H, Sq, S] with S >= max(cache_seqlens); column j is cache position
             j. Float values at or below the lowest of their dtype count as minus infinity.
         cache_leftpad: int32 [B], keys at the start of each sequence that nobody sees.
-        indices: int32 [B, Sq, topk], the positions that each query may see, in any order and each
-            at most once; those outside 0 .. length - 1 (-1 by convention) are skipped.
+        indices: int32 [B, Sq, topk], the positions that each query may see, in any order; those
+            outside 0 .. length - 1 (-1 by convention) are skipped, and a key that is listed several
+            times counts as often.
         topk_length: int32 [B], how many leading entries of the ``indices`` count.
         attn_sink: float32 [H], a logit that joins the softmax sum and has no value.
         q_pe: [B, Sq, H, R], dtype of ``q``.
@@ -342,6 +343,17 @@ def set_isa(name: str) -> None:
 def scratch_bytes() -> int:
     """Bytes of scratch memory that all threads hold for the kernels at this moment."""
     return torch.ops.flashmla._scratch_bytes()
+
+
+def parallel_regions() -> int:
+    """Parallel regions that the operators have begun in this process, those of ATen aside."""
+    return torch.ops.flashmla._parallel_regions()
+
+
+def set_steps_apart(apart: bool) -> None:
+    """Whether every one of torch's threads takes part in each later call of this thread (for
+    warming up) or those that are there in time."""
+    torch.ops.flashmla._set_steps_apart(apart)
 
 
 def onednn_stats() -> tuple[int, int, float]:

@@ -49,7 +49,8 @@ def mla_attention(
         attn_mask: bool (True: keep) or float (added), broadcastable to [B, H, Sq, S]; ragged:
             [H, T, S].
         cache_leftpad: int [B], keys at the start that nobody sees.
-        indices: int [B, Sq, topk] (ragged: [T, topk]), the positions a query may see, -1 for none.
+        indices: int [B, Sq, topk] (ragged: [T, topk]), the positions a query may see, -1 for none;
+            a key counts as often as it is listed.
         topk_length: int [B], how many of the ``indices`` count.
         attn_sink: [H], a logit that takes part in the softmax sum and has no value.
         window: above 0: a query sees the last ``window`` of the keys that ``causal`` leaves it.
@@ -92,6 +93,9 @@ def mla_attention(
             if cu_seqlens_q is not None and mask.shape[1] > 1:
                 mask = mask[:, int(cu_seqlens_q[b]) : int(cu_seqlens_q[b + 1])]
             bias = additive_mask(mask)[..., :length]
+        if chosen is not None:  # a key counts as often as it is listed
+            limit = None if topk_length is None else int(topk_length[b])
+            bias = bias + listed_times(chosen[b], limit, length).double().log()
         bias = bias.masked_fill(~keep, -torch.inf).expand(heads, q_len, length)
         out_b, lse_b = attend(queries[b], keys, head_dim_v, softmax_scale, bias, attn_sink)
         out.append(out_b)
@@ -118,7 +122,6 @@ def attend(
         out [Sq, H, latent] and lse [H, Sq].
     """
     hidden = bias == -torch.inf
-    keys = keys.masked_fill(hidden.all(dim=(0, 1)).unsqueeze(1), 0)  # may hold anything, NaN too
     logits = (torch.einsum("shd,td->hst", q, keys) * scale + bias).masked_fill(hidden, -torch.inf)
     most = torch.nn.functional.pad(logits, (0, 1), value=-torch.inf).amax(dim=-1, keepdim=True)
     most = most.masked_fill(most == -torch.inf, 0)
@@ -128,7 +131,14 @@ def attend(
     with_sink = total
     if sink is not None:
         with_sink = total + (sink.double()[:, None, None] - most).exp()
-    out = torch.einsum("hst,tl->hsl", p, keys[:, :latent]) / with_sink
+    # Hidden keys may hold anything, NaN too, which no weight of 0 takes away.
+    values = keys[:, :latent]
+    finite = values.isfinite().all(dim=1)
+    out = torch.einsum("hst,tl->hsl", p, values.masked_fill(~finite.unsqueeze(1), 0))
+    seen = ~hidden.expand(p.shape)
+    for t in (~finite & seen.flatten(0, 1).any(dim=0)).nonzero().flatten().tolist():
+        out = out + torch.where(seen[..., t, None], p[..., t, None] * values[t], 0)
+    out = out / with_sink
     return out.masked_fill(total == 0, 0).transpose(0, 1), lse
 
 
@@ -150,12 +160,17 @@ def visible_keys(
     if window > 0:
         keep &= position >= limit - window
     if indices is not None:
-        positions = indices[:, :topk_length].long()
-        valid = (positions >= 0) & (positions < length)
-        listed = torch.zeros(q_len, length + 1, dtype=torch.bool)
-        listed.scatter_(1, torch.where(valid, positions, length), True)
-        keep &= listed[:, :length]
+        keep &= listed_times(indices, topk_length, length) > 0
     return keep
+
+
+def listed_times(indices: Tensor, topk_length: int | None, length: int) -> Tensor:
+    """int [Sq, T]: how often the list of each query, a row of ``indices``, names each key."""
+    positions = indices[:, :topk_length].long()
+    valid = (positions >= 0) & (positions < length)
+    times = torch.zeros(len(positions), length + 1, dtype=torch.long)
+    times.scatter_add_(1, torch.where(valid, positions, length), torch.ones_like(positions))
+    return times[:, :length]
 
 
 def additive_mask(mask: Tensor) -> Tensor:

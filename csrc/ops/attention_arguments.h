@@ -43,28 +43,28 @@ struct Queries {
   int64_t tokens() const { return ragged() ? q.size(0) : q.size(0) * q.size(1); }
   QueryRows main_rows() const;
   QueryRows rope_rows() const;
-  Tensor main() const;  // [.., H, main]
-  Tensor rope() const;  // [.., H, R]
 };
 
 Queries check_queries(const Tensor& q, const OptionalTensor& q_pe, int64_t main_width, bool ragged);
 
-// Everything but queries and outputs, checked; with the tensors it points into.
+// Everything but queries and outputs, checked; with what it points into. Integers that addresses
+// are made of are copies: another thread may write to the tensors meanwhile. Floats, masks and
+// index lists are not: what they hold changes results, and nothing else.
 struct Attention {
   AttentionParams params;
   Sequences sequences;
-  Tensor cu_seqlens_q;
-  Tensor cache_leftpad;
+  std::vector<int32_t> cu_seqlens_q;
+  std::vector<int32_t> cache_leftpad;
   Tensor attn_mask;
   std::vector<int32_t> key_ranges;  // of an interval mask
   Tensor indices;
-  Tensor topk_length;
+  std::vector<int32_t> topk_length;
   Tensor attn_sink;
 };
 
-// `queries` gives the tokens, H and R.
+// `queries` gives the tokens, H and R; latent_name, what L follows from.
 Attention check_attention(const AttentionArguments& arguments, const Queries& queries,
-                          int64_t latent);
+                          int64_t latent, const char* latent_name);
 
 // out, uninitialised: [.., H, width], in the dtype of the queries.
 Tensor make_out(const Queries& queries, int64_t width);

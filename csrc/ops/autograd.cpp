@@ -20,12 +20,21 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
+// A tensor that the backward pass will need, before anything is computed.
+void check_recordable(const OptionalTensor& t, const char* name) {
+  TORCH_CHECK(!t.has_value() || t->defined(), name, ": undefined tensor");
+  TORCH_CHECK(
+      !t.has_value() || !t->is_inference(), name,
+      ": an inference tensor, which cannot be saved for the backward pass; clone it outside "
+      "inference mode, or call under torch.no_grad()");
+}
+
 bool requires_grad(const Tensor& t) { return t.requires_grad(); }
 bool requires_grad(const OptionalTensor& t) { return t.has_value() && t->requires_grad(); }
 
 // Forward mode has no formula: without this check, results would silently have no tangent.
 void refuse_tangent(const Tensor& t) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!t._fw_grad(/*level=*/0).defined(),
+  TORCH_CHECK_NOT_IMPLEMENTED(!t.defined() || !t._fw_grad(/*level=*/0).defined(),
                               "forward-mode gradients (jvp) of attention are not implemented; "
                               "use reverse mode (backward, torch.autograd.grad)");
 }
@@ -54,6 +63,24 @@ struct Rest {
   std::string_view kv_cache_dtype;
   const OptionalTensor& cu_seqlens_q;
 };
+
+void check_recordable(const Tensor& q, const Tensor& kv_cache, const OptionalTensor& w_kv_b,
+                      const OptionalTensor& attn_sink, const OptionalTensor& q_pe,
+                      const OptionalTensor& k_pe_cache, const Rest& rest) {
+  check_recordable(q, "q");
+  check_recordable(kv_cache, "kv_cache");
+  check_recordable(w_kv_b, "w_kv_b");
+  check_recordable(attn_sink, "attn_sink");
+  check_recordable(q_pe, "q_pe");
+  check_recordable(k_pe_cache, "k_pe_cache");
+  check_recordable(rest.block_table, "block_table");
+  check_recordable(rest.cache_seqlens, "cache_seqlens");
+  check_recordable(rest.attn_mask, "attn_mask");
+  check_recordable(rest.cache_leftpad, "cache_leftpad");
+  check_recordable(rest.indices, "indices");
+  check_recordable(rest.topk_length, "topk_length");
+  check_recordable(rest.cu_seqlens_q, "cu_seqlens_q");
+}
 
 struct MlaAttention : torch::autograd::Function<MlaAttention> {
   static constexpr bool is_traceable = true;  // by compiled autograd
@@ -138,6 +165,7 @@ Results mla_attention_autograd(c10::DispatchKeySet keys, const Tensor& q, const 
   const Rest rest = {block_table, cache_seqlens, head_dim_v,     softmax_scale,
                      causal,      attn_mask,     cache_leftpad,  indices,
                      topk_length, window,        kv_cache_dtype, cu_seqlens_q};
+  check_recordable(q, kv_cache, {}, attn_sink, q_pe, k_pe_cache, rest);
   const variable_list results =
       MlaAttention::apply(q, kv_cache, OptionalTensor(), attn_sink, q_pe, k_pe_cache, rest, call);
   return {results[0], results[1]};
@@ -163,6 +191,7 @@ Results mla_attention_kv_b_autograd(
   const Rest rest = {block_table, cache_seqlens, head_dim_v,     softmax_scale,
                      causal,      attn_mask,     cache_leftpad,  indices,
                      topk_length, window,        kv_cache_dtype, cu_seqlens_q};
+  check_recordable(q, kv_cache, OptionalTensor(w_kv_b), attn_sink, q_pe, k_pe_cache, rest);
   const variable_list results = MlaAttention::apply(q, kv_cache, OptionalTensor(w_kv_b), attn_sink,
                                                     q_pe, k_pe_cache, rest, call);
   return {results[0], results[1]};

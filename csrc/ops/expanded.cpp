@@ -15,6 +15,7 @@
 #include "kernels/call/visible.h"
 #include "ops/checks.h"
 #include "ops/forms.h"
+#include "ops/interrupt.h"
 #include "ops/parallel.h"
 
 namespace flashmla {
@@ -41,11 +42,14 @@ class Expansion {
   Expansion(const AttentionParams& p, const Projections& w)
       : p_(p),
         w_(w),
-        type_(std::string_view(expanded_arithmetic(p.q_type)) == "bf16" ? at::kBFloat16
-                                                                        : at::kFloat),
+        // The kernels' own products take whole words.
+        type_(std::string_view(expanded_arithmetic(p.q_type)) == "bf16" &&
+                      !(p.deterministic && p.cache.latent % 2 != 0)
+                  ? at::kBFloat16
+                  : at::kFloat),
         item_(type_ == at::kFloat ? 4 : 2),
-        nope_(w.uk.size(1)),
-        value_(w.uv.size(1)),
+        nope_(w.nope),
+        value_(w.value),
         key_row_(padded_row(nope_, item_)),
         rope_row_(padded_row(p.cache.rope, item_)),
         value_row_(padded_row(value_, item_)) {}
@@ -60,8 +64,10 @@ class Expansion {
     const int64_t key_bytes = (key_row_ + value_row_) * item_;
     const int64_t fit = kBufferBytes / (key_bytes * std::max<int64_t>(count, 1));
     const int64_t groups = fit == 0 ? p_.heads : (p_.heads + fit - 1) / fit;
-    const int64_t part = fit == 0 ? kBufferBytes / key_bytes / kKeyMultiple * kKeyMultiple : count;
-    for (int64_t g = 0; g < groups; ++g) {
+    const int64_t part =
+        fit == 0 ? std::max(kBufferBytes / key_bytes, kKeyMultiple) / kKeyMultiple * kKeyMultiple
+                 : count;
+    for (int64_t g = 0; g < groups && !interrupted(); ++g) {
       const auto first = static_cast<int32_t>(p_.heads * g / groups),
                  last = static_cast<int32_t>(p_.heads * (g + 1) / groups);
       if (count <= part) {
@@ -80,10 +86,13 @@ class Expansion {
     make_buffer(values_, part.heads, count, value_row_);
     make_buffer(rope_, 1, count, rope_row_);
     const int64_t chunk = std::min(count, kGatherTokens), width = latent + p_.cache.rope;
-    if (!rows_.defined() || rows_.size(0) < chunk) rows_ = uninitialised({chunk, width}, type_);
-    const Tensor uk = w_.uk.narrow(0, part.first_head, part.heads).to(type_);
-    const Tensor uv = w_.uv.narrow(0, part.first_head, part.heads).to(type_);
-    for (int64_t at = 0; at < count; at += chunk) {
+    if (!rows_.defined() || rows_.size(0) < chunk) {
+      const int64_t memory = (chunk + kExpandedTokens - 1) / kExpandedTokens * kExpandedTokens;
+      rows_ = uninitialised({memory, width}, type_);
+    }
+    const Tensor uk = dense_rows(w_.uk().narrow(0, part.first_head, part.heads).to(type_));
+    const Tensor uv = dense_rows(w_.uv().narrow(0, part.first_head, part.heads).to(type_));
+    for (int64_t at = 0; at < count && !interrupted(); at += chunk) {
       const int64_t n = std::min(chunk, count - at);
       GatherParams g = {};
       g.batch = 1;
@@ -94,15 +103,11 @@ class Expansion {
       g.out_type = float_type(type_, "rows");
       g.out = static_cast<std::byte*>(rows_.mutable_data_ptr());
       gather(g, torch_executor());
-      const Tensor rows = rows_.narrow(0, 0, n).narrow(1, 0, latent);
-      // A product per task: ATen's own threads would each get a part too small to pay.
-      for_each_task(2 * part.heads, [&](int64_t task) {
-        const int64_t h = task / 2;
-        const Tensor& weight = task % 2 == 0 ? uk : uv;
-        Tensor out = (task % 2 == 0 ? keys_ : values_)[h].narrow(0, at, n);
-        out = out.narrow(1, 0, weight.size(1));
-        at::mm_out(out, rows, weight[h].t());
-      });
+      if (p_.deterministic) {
+        multiply_in_order(uk, uv, at, n);
+      } else {
+        multiply(uk, uv, at, n);
+      }
       if (p_.cache.rope > 0) {
         rope_[0]
             .narrow(0, at, n)
@@ -110,6 +115,43 @@ class Expansion {
             .copy_(rows_.narrow(0, 0, n).narrow(1, latent, p_.cache.rope));
       }
     }
+  }
+
+  // Keys and values of tokens [at, at + n) of a part, whose latents are the first rows of rows_.
+  void multiply(const Tensor& uk, const Tensor& uv, int64_t at, int64_t n) {
+    const Tensor rows = rows_.narrow(0, 0, n).narrow(1, 0, p_.cache.latent);
+    // A product per task: ATen's own threads would each get a part too small to pay.
+    for_each_task(2 * uk.size(0), [&](int64_t task) {
+      const int64_t h = task / 2;
+      const Tensor& weight = task % 2 == 0 ? uk : uv;
+      Tensor out = (task % 2 == 0 ? keys_ : values_)[h].narrow(0, at, n);
+      out = out.narrow(1, 0, weight.size(1));
+      at::mm_out(out, rows, weight[h].t());
+    });
+  }
+
+  // The same by the kernels. What oneDNN and MKL add up in which order depends on the number of
+  // threads there are, even where a product has but one.
+  void multiply_in_order(const Tensor& uk, const Tensor& uv, int64_t at, int64_t n) {
+    const Tensor weights[] = {uk.stride(2) == 1 ? uk : uk.contiguous(),
+                              uv.stride(2) == 1 ? uv : uv.contiguous()};
+    const Tensor* outputs[] = {&keys_, &values_};
+    ExpansionParams halves[2] = {};
+    for (size_t i = 0; i < 2; ++i) {
+      ExpansionParams& e = halves[i];
+      e.type = float_type(type_, "rows");
+      e.heads = static_cast<int32_t>(weights[i].size(0));
+      e.width = static_cast<int32_t>(weights[i].size(1));
+      e.latent = p_.cache.latent;
+      e.tokens = static_cast<int32_t>(n);
+      e.rows = bytes(rows_);
+      e.row_stride = rows_.stride(0) * item_;
+      e.weight = weight_rows(weights[i]);
+      e.out_head_stride = outputs[i]->stride(0) * item_;
+      e.out_token_stride = outputs[i]->stride(1) * item_;
+      e.out = const_cast<std::byte*>(bytes(*outputs[i])) + at * e.out_token_stride;
+    }
+    flashmla::expand(halves, torch_executor());
   }
 
   // Calls task(i) for i in [0, count) on torch's threads, under the modes of the calling one (no
@@ -215,8 +257,9 @@ class Expansion {
       stride[2] = 1;
     }
     attend_part(one, {keys.begin, keys.begin + step, first_head, heads}, &so_far);
-    for (int32_t begin = keys.begin + step; begin < keys.end; begin += step) {
-      const int32_t end = std::min(begin + step, keys.end);
+    for (int64_t at = int64_t{keys.begin} + step; at < keys.end && !interrupted(); at += step) {
+      const auto begin = static_cast<int32_t>(at),
+                 end = static_cast<int32_t>(std::min<int64_t>(at + step, keys.end));
       attend_part(one, {begin, end, first_head, heads}, &next);
       if (end == keys.end) {  // the result, where the call wants it
         m.out_type = one.out_type;

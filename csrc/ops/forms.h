@@ -11,11 +11,23 @@
 
 namespace flashmla {
 
-// The parts of w_kv_b.
+// The two halves of w_kv_b. Narrowed tensors are for those who need tensors: making them takes
+// longer than all checks of a call.
 struct Projections {
-  Tensor uk;  // [H, P, L]
-  Tensor uv;  // [H, V, L]
+  const Tensor& w_kv_b;  // [H, P + V, L]
+  int32_t nope, value;   // P and V
+
+  Tensor uk() const { return w_kv_b.narrow(1, 0, nope); }
+  Tensor uv() const { return w_kv_b.narrow(1, nope, value); }
 };
+
+// A weight as products of ATen take it: rows that share memory, or whose values are apart, are not
+// what BLAS understands by a matrix.
+inline Tensor dense_rows(const Tensor& w) {
+  const bool dense =
+      (w.size(-1) <= 1 || w.stride(-1) == 1) && (w.size(-2) <= 1 || w.stride(-2) >= w.size(-1));
+  return dense ? w : w.contiguous();
+}
 
 // The parameters of sequences [begin, end) of a call. Ragged tokens keep their numbers.
 AttentionParams of_sequences(const AttentionParams& p, int32_t begin, int32_t end);
@@ -32,17 +44,13 @@ const char* expanded_arithmetic(ScalarType q);
 
 // The cheaper form of a sequence, by a model of the cost (form.cpp).
 enum class Form : uint8_t { kAbsorbed, kExpanded };
-struct FormDims {
-  int32_t nope, value;  // P and V
-};
-Form cheaper_form(const AttentionParams& p, int32_t sequence, FormDims dims);
+Form cheaper_form(const AttentionParams& p, int32_t sequence, const Projections& w);
 
-// p: without queries and output. q_main [.., H, P] and q_rope [.., H, R]: those of the run.
-// Returns out [.., H, V] in their dtype.
-Tensor attend_absorbed(AttentionParams p, const Tensor& q_main, const Tensor& q_rope,
-                       const Projections& w);
+// Whether the absorbed form of so many query tokens reads the weight row by row (form.cpp).
+bool streams_projections(int64_t tokens, ScalarType type);
 
-// p: complete but for the cache's keys and values, with `out` [.., H, V] of type p.out_type.
+// p: complete, with queries [.., H, P] and output [.., H, V] of type p.q_type.
+void attend_absorbed(const AttentionParams& p, const Projections& w);
 void attend_expanded(const AttentionParams& p, const Projections& w);
 
 }  // namespace flashmla

@@ -37,11 +37,9 @@ std::vector<std::string> isas() {
 
 void set_isa(std::string_view name) {
   if (force_isa(std::string(name).c_str())) return;
-  std::string available;
-  for (const std::string& known : isas()) available += (available.empty() ? "" : ", ") + known;
   TORCH_CHECK_VALUE(false, "name: \"", name,
                     "\" is no instruction set that this build and machine can run, expected ",
-                    available);
+                    isa_list());
 }
 
 std::string compiler() { return kernel_compiler(); }

@@ -4,9 +4,12 @@
 // Arguments written to are marked (a!) and never returned. Arguments are only ever appended, with a
 // default, so that saved programs keep loading; no tensor is keyword-only, which would rule out
 // gradients and vmap.
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <new>
 #include <string>
+#include <utility>
 
 #include "ops/onednn.h"
 #include "ops/ops.h"
@@ -76,11 +79,14 @@ TORCH_LIBRARY(flashmla, m) {
       "Tensor, Tensor, Tensor, Tensor)");
 
   // For tests and reports: the instruction set in use, those this machine can run, forcing one (""
-  // is the best), and the scratch memory held by all threads.
+  // is the best), the scratch memory held by all threads, and the parallel regions begun until now.
   m.def("_isa() -> str", &flashmla::isa);
   m.def("_isas() -> str[]", &flashmla::isas);
   m.def("_force_isa(str name) -> ()", &flashmla::set_isa);
   m.def("_scratch_bytes() -> int", &flashmla::scratch_bytes);
+  // For warmup: from now on every thread takes part in the calls of this one.
+  m.def("_set_steps_apart(bool apart) -> ()", &flashmla::set_steps_apart);
+  m.def("_parallel_regions() -> int", &flashmla::parallel_regions);
 
   // Bytes of one token in a packed format, for the C++ interface; Python has formats.row_bytes.
   m.def("_row_bytes(str kv_cache_dtype, int latent_dim, int rope_dim) -> int",
@@ -102,11 +108,70 @@ TORCH_LIBRARY(flashmla, m) {
   m.def(append_schema("_append_nothing").c_str(), &flashmla::append_nothing);
 }
 
-TORCH_LIBRARY_IMPL(flashmla, CPU, m) {
-  m.impl("mla_attention", &flashmla::mla_attention);
-  m.impl("mla_attention_kv_b", &flashmla::mla_attention_kv_b);
-  m.impl("concat_and_cache_mla", &flashmla::concat_and_cache_mla);
-  m.impl("gather_cache", &flashmla::gather_cache);
-  m.impl("copy_blocks", &flashmla::copy_blocks);
-  m.impl("merge_attn_states", &flashmla::merge_attn_states);
+namespace {
+
+// A function as it is registered: memory that runs out says so.
+template <auto kFunction>
+struct Guarded;
+template <class Result, class... Arguments, Result (*kFunction)(Arguments...)>
+struct Guarded<kFunction> {
+  static Result call(Arguments... arguments) {
+    try {
+      return kFunction(std::forward<Arguments>(arguments)...);
+    } catch (const std::bad_alloc&) {
+      TORCH_CHECK_WITH(OutOfMemoryError, false,
+                       "working memory: cannot allocate what the arguments of this call take");
+    }
+  }
+};
+
+// The dense tensor of the values that a lazy one stands for.
+at::Tensor resolved(const at::Tensor& t) {
+  if (!t.defined() || t.layout() != at::kStrided) return t;
+  if (t._is_zerotensor()) return at::zeros(t.sizes(), t.options());
+  return t.resolve_conj().resolve_neg();
 }
+
+// Where an argument is lazily conjugated, negated or zero: torch resolves those of an operator that
+// returns new tensors, but expects one that writes to return what it has written. These resolve
+// what is read, and leave it to the checks to refuse what would be written.
+void concat_and_cache_mla_lazy(const at::Tensor& kv_c, const at::Tensor& k_pe,
+                               const at::Tensor& kv_cache, const at::Tensor& slot_mapping,
+                               std::string_view kv_cache_dtype,
+                               const flashmla::OptionalTensor& k_pe_cache) {
+  flashmla::concat_and_cache_mla(resolved(kv_c), resolved(k_pe), kv_cache, resolved(slot_mapping),
+                                 kv_cache_dtype, k_pe_cache);
+}
+void copy_blocks_lazy(const at::Tensor& kv_cache, const at::Tensor& block_mapping) {
+  flashmla::copy_blocks(kv_cache, resolved(block_mapping));
+}
+
+void register_lazy(torch::Library& m) {
+  m.impl("concat_and_cache_mla", &Guarded<&concat_and_cache_mla_lazy>::call);
+  m.impl("copy_blocks", &Guarded<&copy_blocks_lazy>::call);
+}
+
+void register_functions(torch::Library& m) {
+  m.impl("mla_attention", &Guarded<&flashmla::mla_attention>::call);
+  m.impl("mla_attention_kv_b", &Guarded<&flashmla::mla_attention_kv_b>::call);
+  m.impl("concat_and_cache_mla", &Guarded<&flashmla::concat_and_cache_mla>::call);
+  m.impl("gather_cache", &Guarded<&flashmla::gather_cache>::call);
+  m.impl("copy_blocks", &Guarded<&flashmla::copy_blocks>::call);
+  m.impl("merge_attn_states", &Guarded<&flashmla::merge_attn_states>::call);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(flashmla, CPU, m) { register_functions(m); }
+
+// Kinds of tensors that no argument may be: they reach the checks, which name it.
+TORCH_LIBRARY_IMPL(flashmla, SparseCPU, m) { register_functions(m); }
+TORCH_LIBRARY_IMPL(flashmla, SparseCsrCPU, m) { register_functions(m); }
+TORCH_LIBRARY_IMPL(flashmla, MkldnnCPU, m) { register_functions(m); }
+TORCH_LIBRARY_IMPL(flashmla, QuantizedCPU, m) { register_functions(m); }
+TORCH_LIBRARY_IMPL(flashmla, NestedTensorCPU, m) { register_functions(m); }
+TORCH_LIBRARY_IMPL(flashmla, AutogradNestedTensor, m) { register_functions(m); }
+
+TORCH_LIBRARY_IMPL(flashmla, Conjugate, m) { register_lazy(m); }
+TORCH_LIBRARY_IMPL(flashmla, Negative, m) { register_lazy(m); }
+TORCH_LIBRARY_IMPL(flashmla, ZeroTensor, m) { register_lazy(m); }

@@ -26,7 +26,7 @@ MaskType mask_type(at::ScalarType type) {
 // The mask as [B or 1, H or 1, Sq or 1, S] with contiguous columns; ragged: [1, H or 1, T or 1, S].
 // A copy, where columns are strided, keeps broadcast dimensions at size 1.
 Tensor check_mask(const Tensor& attn_mask, const Queries& queries, int32_t longest) {
-  check_tensor(attn_mask, "attn_mask");
+  check_tensor(attn_mask, "attn_mask", kAnyAddress);  // the kernels copy its elements
   const char* expected = queries.ragged() ? "[H, T, S]" : "[B, H, Sq, S]";
   TORCH_CHECK_VALUE(attn_mask.dim() >= 1 && attn_mask.dim() <= 4, "attn_mask: shape ",
                     attn_mask.sizes(), ", expected one broadcastable to ", expected);

@@ -48,14 +48,14 @@ std::tuple<Tensor, Tensor> merge_attn_states(const Tensor& out_a, const Tensor& 
   check_lse(lse_b, "lse_b", lse_shape, p.lse_b_stride);
   Tensor sink;
   if (attn_sink.has_value()) {
-    check_tensor(*attn_sink, "attn_sink");
+    check_tensor(*attn_sink, "attn_sink", kAnyAddress);
     check_dtype(*attn_sink, "attn_sink", at::kFloat);
     check_shape(*attn_sink, "attn_sink", {p.heads}, "[H]");
-    sink = attn_sink->contiguous();
+    sink = aligned(attn_sink->contiguous());
     p.attn_sink = sink.const_data_ptr<float>();
   }
-  const Tensor out = uninitialised(out_a.sizes(), out_a.scalar_type());
-  const Tensor lse = uninitialised(lse_shape, at::kFloat);
+  const Tensor out = uninitialised(out_a.sizes(), out_a.scalar_type(), "out");
+  const Tensor lse = uninitialised(lse_shape, at::kFloat, "lse");
   if (lse.numel() == 0) return {out, lse};
   p.out_a = query_rows(out_a);
   p.out_b = query_rows(out_b);

@@ -1,6 +1,7 @@
 // mla_attention.cpp: attention of ready (absorbed) queries against the latent cache.
 #include "ops/attention_arguments.h"
 #include "ops/checks.h"
+#include "ops/interrupt.h"
 
 namespace flashmla {
 
@@ -16,11 +17,13 @@ std::tuple<Tensor, Tensor> mla_attention(
   Attention attention = check_attention(
       {kv_cache, block_table, cache_seqlens, softmax_scale, causal, attn_mask, cache_leftpad,
        indices, topk_length, attn_sink, k_pe_cache, window, kv_cache_dtype, cu_seqlens_q},
-      queries, head_dim_v);
+      queries, head_dim_v, "head_dim_v");
+  const InterruptibleCall interruptible;
   const Tensor out = make_out(queries, head_dim_v);
   const Tensor lse = make_lse(attention.params, queries);
   run_attention(attention.params, float_type(q.scalar_type(), "q"), queries.main_rows(),
                 queries.rope_rows(), query_rows(out));
+  InterruptibleCall::finish({out, lse});
   return {out, lse};
 }
 

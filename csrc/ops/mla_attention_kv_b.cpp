@@ -8,22 +8,17 @@
 #include "ops/attention_arguments.h"
 #include "ops/checks.h"
 #include "ops/forms.h"
+#include "ops/interrupt.h"
 
 namespace flashmla {
 namespace {
 
-// The query tokens of sequences [begin, end) of t [B, Sq, H, width] or, ragged, [T, H, width].
-Tensor of_run(const Tensor& t, const AttentionParams& p, int32_t begin, int32_t end) {
-  if (begin == 0 && end == p.batch) return t;
-  const int32_t* cu = p.cu_seqlens_q;
-  return cu ? t.narrow(0, cu[begin], cu[end] - cu[begin]) : t.narrow(0, begin, end - begin);
-}
-
-Form form_of(const AttentionParams& p, int32_t sequence, std::string_view form, FormDims dims) {
+Form form_of(const AttentionParams& p, int32_t sequence, std::string_view form,
+             const Projections& w) {
   if (form == "expanded") return Form::kExpanded;
   // An index list belongs to one query; expansion pays when many share the keys.
   if (form == "absorbed" || p.indices) return Form::kAbsorbed;
-  return cheaper_form(p, sequence, dims);
+  return cheaper_form(p, sequence, w);
 }
 
 }  // namespace
@@ -50,6 +45,7 @@ std::tuple<Tensor, Tensor> mla_attention_kv_b(
   const int64_t nope = w_kv_b.size(1) - head_dim_v;
   TORCH_CHECK_VALUE(nope >= 1, "w_kv_b: shape ", w_kv_b.sizes(),
                     ", expected [H, P + V, L] with V = head_dim_v = ", head_dim_v, " and P >= 1");
+  check_width(nope, "w_kv_b.size(1) - head_dim_v", 1);
   const Queries queries = check_queries(q, q_pe, nope, cu_seqlens_q.has_value());
   check_same_dtype(w_kv_b, "w_kv_b", q, "q");
   TORCH_CHECK_VALUE(w_kv_b.size(0) == queries.heads(), "w_kv_b: ", w_kv_b.size(0),
@@ -57,33 +53,22 @@ std::tuple<Tensor, Tensor> mla_attention_kv_b(
   Attention attention = check_attention(
       {kv_cache, block_table, cache_seqlens, softmax_scale, causal, attn_mask, cache_leftpad,
        indices, topk_length, attn_sink, k_pe_cache, window, kv_cache_dtype, cu_seqlens_q},
-      queries, w_kv_b.size(2));
+      queries, w_kv_b.size(2), "w_kv_b.size(2), L");
 
   AttentionParams& p = attention.params;
-  const Projections w = {w_kv_b.narrow(1, 0, nope), w_kv_b.narrow(1, nope, head_dim_v)};
-  const FormDims dims = {static_cast<int32_t>(nope), static_cast<int32_t>(head_dim_v)};
-  const Tensor lse = make_lse(p, queries);
-  Tensor out;
-  p.q_type = p.out_type = float_type(q.scalar_type(), "q");
+  const Projections w = {w_kv_b, static_cast<int32_t>(nope), static_cast<int32_t>(head_dim_v)};
+  const InterruptibleCall interruptible;
+  const Tensor out = make_out(queries, head_dim_v), lse = make_lse(p, queries);
+  p.q_type = p.q_main_type = p.out_type = float_type(q.scalar_type(), "q");
+  p.q = queries.main_rows();
+  p.q_pe = queries.rope_rows();
+  p.out = query_rows(out);
   for (int32_t begin = 0, end = 0; begin < p.batch; begin = end) {
-    const Form run = form_of(p, begin, form, dims);
-    for (end = begin + 1; end < p.batch && form_of(p, end, form, dims) == run;) ++end;
-    if (run == Form::kAbsorbed) {
-      const Tensor part =
-          attend_absorbed(of_sequences(p, begin, end), of_run(queries.main(), p, begin, end),
-                          of_run(queries.rope(), p, begin, end), w);
-      if (begin == 0 && end == p.batch) return {part, lse};
-      if (!out.defined()) out = make_out(queries, head_dim_v);
-      of_run(out, p, begin, end).copy_(part);
-    } else {
-      if (!out.defined()) out = make_out(queries, head_dim_v);
-      p.q = queries.main_rows();
-      p.q_pe = queries.rope_rows();
-      p.out = query_rows(out);
-      attend_expanded(of_sequences(p, begin, end), w);
-    }
+    const Form run = form_of(p, begin, form, w);
+    for (end = begin + 1; end < p.batch && form_of(p, end, form, w) == run;) ++end;
+    (run == Form::kAbsorbed ? attend_absorbed : attend_expanded)(of_sequences(p, begin, end), w);
   }
-  if (!out.defined()) out = make_out(queries, head_dim_v);
+  InterruptibleCall::finish({out, lse});
   return {out, lse};
 }
 

@@ -61,7 +61,11 @@ double roof(std::string_view arithmetic, int64_t iterations);
 AttentionOperator allocate;
 AppendOperator append_nothing;
 
-// Bytes of scratch that all threads together hold (parallel.cpp).
+// Whether every thread takes part in the calls of this one, for warming up (parallel.cpp).
+void set_steps_apart(bool apart);
+
+// Bytes of scratch that all threads together hold; parallel regions begun until now (parallel.cpp).
 int64_t scratch_bytes();
+int64_t parallel_regions();
 
 }  // namespace flashmla

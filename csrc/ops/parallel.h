@@ -10,6 +10,10 @@ namespace flashmla {
 // than a whole decode call.
 Executor torch_executor();
 
+// Scratch of the calling thread. The kernels use the slots 0 and 1 (driver.h).
+constexpr int kLatentRows = 2;  // between the projections of a decode step
+std::byte* thread_scratch(int slot, size_t bytes);
+
 // The calling thread's plan, kept for its memory.
 Plan& thread_plan();
 

@@ -293,11 +293,14 @@ class Problem {
   Expected attend(const std::vector<float>& rows) const;
   std::string append_and_gather(Memory pools[3]);
   std::string attention(const CacheView& cache, const Executor& executor);
+  std::string projected(const CacheView& cache);
+  std::string expanded();
   std::string within(const char* what, double error, double bound);
 
   int64_t cell(int32_t b, int32_t t) const { return static_cast<int64_t>(b) * c_.longest() + t; }
 
   FormatInfo format_;
+  int32_t index_;
   Case c_;
   std::vector<float> rows_;        // [B, N, D] before they are stored
   std::vector<bool> seen_;         // [B, N]: some query may read the cell
@@ -321,7 +324,7 @@ class Problem {
   Expected of_stored_, of_rows_;
 };
 
-Problem::Problem(const FormatInfo& format, int32_t index) : format_(format) {
+Problem::Problem(const FormatInfo& format, int32_t index) : format_(format), index_(index) {
   Random random(static_cast<uint64_t>(index) * 256 + static_cast<uint64_t>(format.format));
   c_ = draw_case(format, index, random);
   const int64_t cells = cell(c_.batch(), 0);
@@ -586,7 +589,7 @@ AttentionParams Problem::arguments(const CacheView& cache) const {
   p.batch = c_.batch();
   p.q_len = c_.q_len;
   p.heads = c_.heads;
-  p.q_type = p.out_type = c_.q_type;
+  p.q_type = p.q_main_type = p.out_type = c_.q_type;
   p.q.data = q_.data();
   p.q_pe.data = q_.data() + c_.latent * size;
   for (int d = 0; d < 3; ++d) p.q.stride[d] = p.q_pe.stride[d] = q_stride_[d] * c_.width() * size;
@@ -696,6 +699,215 @@ std::string Problem::attention(const CacheView& cache, const Executor& executor)
   return {};
 }
 
+// One half of a weight: [H, rows, L] with strides of some kind, and what lies in it.
+struct Weight {
+  Memory memory;
+  WeightRows rows;
+  std::vector<double> values;  // [H, rows, L]
+
+  Weight(ScalarType type, int32_t heads, int32_t count, int32_t latent, Random& random,
+         bool any_strides = true) {
+    const int64_t item = size_of(type), gap = random.below(3);
+    int64_t size = 0;
+    if (any_strides && random.below(3) == 0) {  // rows are columns
+      rows.stride[1] = item;
+      rows.stride[2] = (count + gap) * item;
+      rows.stride[0] = size = latent * rows.stride[2];
+    } else {
+      rows.stride[2] = item;
+      rows.stride[1] = (latent + gap) * item;
+      rows.stride[0] = size = count * rows.stride[1];
+    }
+    memory = Memory(size * heads, random.below(2) * item);
+    rows.data = memory.data();
+    for (int64_t h = 0; h < heads; ++h) {
+      for (int64_t r = 0; r < count; ++r) {
+        for (int64_t i = 0; i < latent; ++i) {
+          const float x = random.normal() / std::sqrt(static_cast<float>(latent));
+          store(type, memory.data() + at(h, r, i), 0, x);
+          values.push_back(load(type, rows.data + at(h, r, i), 0));
+        }
+      }
+    }
+  }
+  int64_t at(int64_t h, int64_t r, int64_t i) const {
+    return h * rows.stride[0] + r * rows.stride[1] + i * rows.stride[2];
+  }
+};
+
+// A step between projections: each of its parts against what went into it, and the whole on one
+// thread against the whole on several.
+std::string Problem::projected(const CacheView& cache) {
+  Random random(static_cast<uint64_t>(index_) * 7919 + 1);
+  const int32_t nope = random.pick({1, 8, 13, 40}), value = random.pick({1, 16, 23, 48}),
+                tokens = c_.batch() * c_.q_len, latent = c_.latent;
+  const int64_t item = size_of(c_.q_type);
+  const Weight uk(c_.q_type, c_.heads, nope, latent, random),
+      uv(c_.q_type, c_.heads, value, latent, random);
+  const int64_t rows = static_cast<int64_t>(tokens) * c_.heads;
+  const Memory q(rows * nope * item);
+  for (int64_t i = 0; i < rows * nope; ++i) store(c_.q_type, q.data(), i, random.normal());
+  ProjectionParams w = {};
+  w.type = c_.q_type;
+  w.heads = c_.heads;
+  w.tokens = tokens;
+  w.q_len = c_.ragged ? tokens : c_.q_len;
+  w.nope = nope;
+  w.latent = latent;
+  w.value = value;
+  w.uk = uk.rows;
+  w.uv = uv.rows;
+  w.latent_row = (latent + 15) / 16 * 16;
+  w.q.data = q.data();
+  for (int d = 0; d < 3; ++d) {
+    const int64_t stride = d == 0 && c_.ragged ? 0 : q_stride_[d];
+    w.q.stride[d] = stride * nope * item;
+    w.out.stride[d] = stride * value * item;
+  }
+  AttentionParams p = arguments(cache);
+  p.deterministic = true;
+  p.lse_stride[0] = c_.ragged ? 0 : static_cast<int64_t>(c_.heads) * c_.q_len;
+  p.lse_stride[1] = c_.ragged ? tokens : c_.q_len;
+  p.lse_stride[2] = 1;
+
+  struct Results {
+    Memory latents, out, lse;
+  };
+  auto run_on = [&](const Executor& executor) {
+    Results r = {Memory(2 * rows * w.latent_row * 4), Memory(rows * value * item),
+                 Memory(rows * 4)};
+    w.q_latent = reinterpret_cast<float*>(r.latents.data());
+    w.out_latent = w.q_latent + rows * w.latent_row;
+    w.out.data = r.out.data();
+    p.lse = reinterpret_cast<float*>(r.lse.data());
+    Plan plan;
+    projected_attention(p, w, plan, executor);
+    return r;
+  };
+  const Results one = run_on(kOneWorker), many = run_on(kManyWorkers);
+  if (!(one.out == many.out && one.lse == many.lse)) return "step: other bits on several threads";
+
+  const auto* q_latent = reinterpret_cast<const float*>(one.latents.data());
+  const float* out_latent = q_latent + rows * w.latent_row;
+  double error[2] = {}, size[2] = {};
+  auto count = [&](int half, double x, double expected) {
+    error[half] += (x - expected) * (x - expected);
+    size[half] += expected * expected;
+  };
+  for (int64_t h = 0; h < c_.heads; ++h) {
+    for (int64_t t = 0; t < tokens; ++t) {
+      const int64_t row =
+          t / c_.q_len * q_stride_[0] + t % c_.q_len * q_stride_[1] + h * q_stride_[2];
+      const int64_t at = (h * tokens + t) * w.latent_row;
+      for (int64_t i = 0; i < latent; ++i) {
+        double sum = 0;
+        for (int64_t k = 0; k < nope; ++k)
+          sum += static_cast<double>(load(c_.q_type, q.data(), row * nope + k)) *
+                 uk.values[static_cast<size_t>((h * nope + k) * latent + i)];
+        count(0, q_latent[at + i], sum);
+      }
+      for (int64_t v = 0; v < value; ++v) {
+        double sum = 0;
+        for (int64_t i = 0; i < latent; ++i)
+          sum += static_cast<double>(out_latent[at + i]) *
+                 uv.values[static_cast<size_t>((h * value + v) * latent + i)];
+        count(1, load(c_.q_type, one.out.data(), row * value + v), sum);
+      }
+    }
+  }
+  constexpr double kRounding[] = {1e-6, 2.5e-3, 5e-4};  // of the results: f32, bf16, fp16
+  std::string wrong = within("q_latent", std::sqrt(error[0]), 1e-6 * std::sqrt(size[0]));
+  if (wrong.empty())
+    wrong = within("projected out", std::sqrt(error[1]),
+                   kRounding[static_cast<int>(c_.q_type)] * std::sqrt(size[1]));
+  if (!wrong.empty()) return wrong;
+
+  // Attention by itself, over the same latent queries.
+  const Memory out(rows * w.latent_row * 4), lse(rows * 4);
+  auto by_head = [&](const float* data) {
+    const int64_t row = w.latent_row * 4;
+    return QueryRows{reinterpret_cast<std::byte*>(const_cast<float*>(data)),
+                     {c_.ragged ? 0 : c_.q_len * row, row, tokens * row}};
+  };
+  p.q = by_head(q_latent);
+  p.out = by_head(reinterpret_cast<const float*>(out.data()));
+  p.q_main_type = p.out_type = ScalarType::kF32;
+  p.lse = reinterpret_cast<float*>(lse.data());
+  Plan plan;
+  flashmla::attention(p, plan, kOneWorker);
+  if (!(lse == one.lse)) return "step: another log-sum-exp than that of attention";
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t at = r * w.latent_row * 4;
+    if (std::memcmp(out.data() + at, one.latents.data() + (rows * w.latent_row * 4 + at),
+                    static_cast<size_t>(latent) * 4) != 0)
+      return "step: another latent result than that of attention";
+  }
+  return {};
+}
+
+// Keys of heads from rows of the latent, two expansions at once.
+std::string Problem::expanded() {
+  Random random(static_cast<uint64_t>(index_) * 104729 + 1);
+  const bool bf16 =
+      std::string(kernels().arithmetic(CacheFormat::kBf16, ScalarType::kBf16)) == "bf16";
+  const ScalarType type =
+      bf16 && c_.latent % 2 == 0 && random.below(2) == 0 ? ScalarType::kBf16 : ScalarType::kF32;
+  const int64_t item = size_of(type), latent = c_.latent, row = latent + random.pick({0, 6, 64});
+  const int32_t tokens = random.pick({1, 16, 40, 129, 200}),
+                memory = (tokens + kExpandedTokens - 1) / kExpandedTokens * kExpandedTokens;
+  const Memory rows(memory * row * item);
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t i = 0; i < latent; ++i) store(type, rows.data(), t * row + i, random.normal());
+  struct Half {
+    Weight weight;
+    Memory out;
+    int64_t row;
+  };
+  std::vector<Half> halves;
+  ExpansionParams params[2] = {};
+  for (ExpansionParams& e : params) {
+    e.type = type;
+    e.heads = std::min(c_.heads, 3);
+    e.width = random.pick({1, 16, 40, 128, 133});
+    e.latent = c_.latent;
+    e.tokens = tokens;
+    e.rows = rows.data();
+    e.row_stride = row * item;
+    Half half = {Weight(type, e.heads, e.width, c_.latent, random, false), {}, e.width + 3};
+    e.weight = half.weight.rows;
+    half.out = Memory(e.heads * tokens * half.row * item);
+    e.out = half.out.data();
+    e.out_token_stride = half.row * item;
+    e.out_head_stride = tokens * e.out_token_stride;
+    halves.push_back(std::move(half));
+  }
+  expand(params, kManyWorkers);
+  for (size_t half = 0; half < 2; ++half) {
+    const ExpansionParams& e = params[half];
+    double error = 0, size = 0;
+    for (int64_t h = 0; h < e.heads; ++h) {
+      for (int64_t t = 0; t < tokens; ++t) {
+        for (int64_t v = 0; v < halves[half].row; ++v) {
+          const float x = load(type, e.out, (h * tokens + t) * halves[half].row + v);
+          if (v >= e.width && !std::isnan(x)) return "expansion: wrote behind a row";
+          if (v >= e.width) continue;
+          double sum = 0;
+          for (int64_t i = 0; i < latent; ++i)
+            sum += static_cast<double>(load(type, rows.data(), t * row + i)) *
+                   halves[half].weight.values[static_cast<size_t>((h * e.width + v) * latent + i)];
+          error += (x - sum) * (x - sum);
+          size += sum * sum;
+        }
+      }
+    }
+    const double bound = type == ScalarType::kF32 ? 1e-6 : 2.5e-3;
+    if (std::string wrong = within("expansion", std::sqrt(error), bound * std::sqrt(size));
+        !wrong.empty())
+      return wrong;
+  }
+  return {};
+}
+
 std::string Problem::run() {
   merges = 0;
   worst = 0;
@@ -711,6 +923,8 @@ std::string Problem::run() {
   for (const Executor& executor : {kOneWorker, kManyWorkers}) {
     if (wrong.empty()) wrong = attention(cache, executor);
   }
+  if (wrong.empty() && c_.own_values == 0) wrong = projected(cache);
+  if (wrong.empty()) wrong = expanded();
   if (first) std::move(pools, pools + 2, scalar_pools_);
   if (wrong.empty()) return {};
   const auto number = [](int64_t x) { return " " + std::to_string(x); };

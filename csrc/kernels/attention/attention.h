@@ -118,7 +118,8 @@ inline int32_t find_positions(const AttentionParams& p, const WorkItem& item, in
   const MaskRow mask = masked ? mask_row(p, item.sequence, item.row_begin) : MaskRow{};
   int32_t count = 0;
   for (int32_t i = begin; i < end; ++i) {
-    const int32_t position = list ? list[i] : i;
+    // Read once: another thread may write to the list.
+    const int32_t position = list ? __atomic_load_n(list + i, __ATOMIC_RELAXED) : i;
     if (position < keys.begin || position >= keys.end) continue;
     if (masked && mask[position] == -__builtin_inff()) continue;
     positions[count++] = position;
@@ -204,8 +205,8 @@ RowSet attend(const AttentionParams& p, BlockShape shape, const WorkItem& item, 
   for (int32_t at = begin; at < end;) {
     // Tiles end at multiples of the tile length, so that their pages of 16 tokens are whole but for
     // the first and the last.
-    int32_t next = (at / shape.tile + 1) * shape.tile;
-    if (next > end) next = end;
+    const int64_t edge_at = (int64_t{at} / shape.tile + 1) * shape.tile;
+    const int32_t next = edge_at < end ? static_cast<int32_t>(edge_at) : end;
     const int32_t count = listed ? find_positions(p, item, at, next, s.positions) : next - at;
     if (count == 0) {  // a list whose entries are all skipped
       at = next;
@@ -248,8 +249,8 @@ void merge(const AttentionParams& p, BlockShape shape, const MergeItem& item,
   const float* first = partials + item.first * slot;
   for (int32_t r = 0; item.row_begin + r < item.row_end; ++r) {
     const int32_t token = first_token + (item.row_begin + r) / p.heads,
-                  head = (item.row_begin + r) % p.heads;
-    const float* lse = first + static_cast<int64_t>(shape.rows) * width + r;
+                  head = (item.row_begin + r) % p.heads, row = item.partial_row + r;
+    const float* lse = first + static_cast<int64_t>(shape.rows) * width + row;
     float most = -__builtin_inff();
     bool nan = false;
     for (int32_t i = 0; i < item.count; ++i) {
@@ -273,7 +274,7 @@ void merge(const AttentionParams& p, BlockShape shape, const MergeItem& item,
       for (int32_t i = 0; i < item.count && !none; ++i) {
         if (lse[i * slot] == -__builtin_inff()) continue;
         const float weight = expf(lse[i * slot] - most) / total;
-        const float* from = first + i * slot + static_cast<int64_t>(r) * width + d0;
+        const float* from = first + i * slot + static_cast<int64_t>(row) * width + d0;
         for (int32_t d = 0; d < n; ++d) x[d] += weight * from[d];
       }
       store_values<Simd>(p.out_type, x, n, to + d0 * size_of(p.out_type));

@@ -37,13 +37,12 @@ constexpr bool kQuads = Arithmetic::kGroup == 4 && Simd::kLanes == 16;
   return q.data + sequence * q.stride[0] + token * q.stride[1] + head * q.stride[2];
 }
 
-// Queries that already are rows of the arithmetic (of its only type of that size) in whole vectors
-// of words need no copy.
+// Queries of `count` values that already are rows of the arithmetic (of its only type of that size)
+// in whole vectors of words need no copy.
 template <class Simd, class Arithmetic>
-bool packs_directly(const AttentionParams& p, const RowLayout& layout, float multiplier) {
-  return !Arithmetic::kScaled && size_of(p.q_type) == Arithmetic::kBytes && multiplier == 1 &&
-         layout.latent % (Simd::kLanes * Arithmetic::kGroup) == 0 &&
-         layout.rope % (Simd::kLanes * Arithmetic::kGroup) == 0;
+bool packs_directly(ScalarType type, int32_t count, float multiplier) {
+  return !Arithmetic::kScaled && size_of(type) == Arithmetic::kBytes && multiplier == 1 &&
+         count % (Simd::kLanes * Arithmetic::kGroup) == 0;
 }
 
 // Packs rows [item.row_begin, item.row_end) times `multiplier`, zero rows up to `vectors` whole
@@ -60,7 +59,9 @@ void pack_queries(const AttentionParams& p, const WorkItem& item, const RowLayou
   using Word = typename Simd::Word;
   const int32_t rows = item.row_end - item.row_begin;
   const int32_t words = layout.groups[0] + layout.groups[1];
-  const bool direct = packs_directly<Simd, Arithmetic>(p, layout, multiplier);
+  const bool direct[2] = {
+      packs_directly<Simd, Arithmetic>(p.q_main_type, layout.latent, multiplier),
+      packs_directly<Simd, Arithmetic>(p.q_type, layout.rope, multiplier)};
   int32_t token = first_token + item.row_begin / p.heads, head = item.row_begin % p.heads;
   for (int v = 0; v < vectors;) {
     const int width = row_vectors<Simd>(v, vectors);
@@ -68,7 +69,7 @@ void pack_queries(const AttentionParams& p, const WorkItem& item, const RowLayou
     for (int u = 0; u < width; ++u) {
       const int32_t row = (v + u) * Simd::kLanes;
       const int32_t used = rows - row < Simd::kLanes ? rows - row : Simd::kLanes;
-      QuerySegment<Simd> segments[2] = {{p.q_type, used, layout.latent, {}},
+      QuerySegment<Simd> segments[2] = {{p.q_main_type, used, layout.latent, {}},
                                         {p.q_type, used, layout.rope, {}}};
       for (int32_t i = 0; i < used; ++i) {
         segments[0].row[i] = query_row(p.q, item.sequence, token, head);
@@ -80,9 +81,10 @@ void pack_queries(const AttentionParams& p, const WorkItem& item, const RowLayou
         std::byte* encoded = query_rows + (seg == 0 ? 0 : layout.rope_offset);
         for (int32_t i = 0; i < Simd::kLanes; ++i) {
           to.scale[seg][row + i] = 0, to.start[seg][row + i] = 0;
-          source[seg][i] = direct && i < used ? segments[seg].row[i] : encoded + i * layout.stride;
+          source[seg][i] =
+              direct[seg] && i < used ? segments[seg].row[i] : encoded + i * layout.stride;
         }
-        if (direct || segments[seg].count == 0) continue;
+        if (direct[seg] || segments[seg].count == 0) continue;
         encode_queries<Simd, Arithmetic, kResidual>(segments[seg], multiplier, factor, key_max,
                                                     encoded, layout.stride, to.scale[seg] + row,
                                                     to.start[seg] + row);

@@ -132,8 +132,8 @@ class Tiles {
     tile.next_bytes = kPage * cache_.kv_c.token_stride;
     const int32_t last_page = (last - 1) / kPage * kPage;
     for (int32_t g = 0; g < tile.tokens / kPage; ++g) {
-      const int32_t token = end + g * kPage;
-      tile.next[g] = slots_[token < last_page ? token : last_page].kv_c;
+      const int64_t token = int64_t{end} + g * kPage;
+      tile.next[g] = slots_[token < last_page ? static_cast<int32_t>(token) : last_page].kv_c;
     }
   }
 

@@ -26,6 +26,17 @@ struct KernelTable {
                    const MatrixEngine* engine, float* partials, std::byte* scratch);
   void (*merge)(const AttentionParams& p, BlockShape shape, const MergeItem& item,
                 const float* partials);
+  // The projections of a decode step (project.h), by units of `parts` to a head; `scratch`:
+  // projection_scratch bytes, private to the thread.
+  size_t (*projection_scratch)(const ProjectionParams& p);
+  void (*project_queries)(const ProjectionParams& p, int32_t parts, int64_t begin, int64_t end,
+                          std::byte* scratch);
+  void (*project_values)(const ProjectionParams& p, int32_t parts, int64_t begin, int64_t end,
+                         std::byte* scratch);
+  // A head of an expansion (expand.h). `engine` and `scratch`: as for attend.
+  size_t (*expansion_scratch)(const ExpansionParams& p);
+  void (*expand)(const ExpansionParams& p, int32_t head, const MatrixEngine* engine,
+                 std::byte* scratch);
   // Rows [begin, end) of an append or of a gather; `row`: L + R floats of scratch.
   void (*append_rows)(const AppendParams& p, int64_t begin, int64_t end, float* row);
   void (*gather_rows)(const GatherParams& p, int64_t begin, int64_t end, float* row);

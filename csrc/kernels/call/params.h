@@ -69,7 +69,8 @@ struct AttentionParams {
   int32_t q_len;                // Sq; ragged: of the longest sequence
   int32_t heads;                // H
   const int32_t* cu_seqlens_q;  // [B + 1]: sequence b has query tokens [cu[b], cu[b + 1]); or null
-  ScalarType q_type;
+  ScalarType q_type;            // of the caller's queries: of q_pe, and what the arithmetic follows
+  ScalarType q_main_type;       // of q: q_type, or f32 where a projection made them
   ScalarType out_type;
   QueryRows q;     // [B, Sq, H, L]
   QueryRows q_pe;  // [B, Sq, H, R]
@@ -104,6 +105,43 @@ struct AttentionParams {
 
   bool deterministic;  // key splits depend on one sequence alone, never on threads or batch mates
 };
+
+// One half of an up-projection of the latent: the rows of each head, as the caller has them.
+struct WeightRows {
+  const std::byte* data;  // [H, rows, L]
+  int64_t stride[3];      // bytes, of head, row and value
+};
+
+// The projections around absorbed attention, for few query tokens: q_latent = q W_UK and
+// out = out_latent W_UV^T. Token i is query token i % q_len of sequence i / q_len. The latent rows
+// are f32, those of a head are neighbours, and the caller lends their memory.
+struct ProjectionParams {
+  ScalarType type;  // of queries, weights and results
+  int32_t heads, tokens, q_len;
+  int32_t nope, latent, value;  // P, L, V
+  WeightRows uk;                // [H, P, L]
+  WeightRows uv;                // [H, V, L]
+  QueryRows q;                  // [B, Sq, H, P]
+  QueryRows out;                // [B, Sq, H, V]
+  float* q_latent;              // [H, tokens, latent_row]
+  float* out_latent;            // [H, tokens, latent_row]
+  int32_t latent_row;           // floats from a row to the next
+};
+
+// Keys or values of heads from rows of the latent: out[h][t] = weight[h] rows[t]. All of one type:
+// f32, or bf16 where the level multiplies it.
+struct ExpansionParams {
+  ScalarType type;
+  int32_t heads, width;  // H, and the values of a result
+  int32_t latent;        // L, whole words
+  int32_t tokens;
+  const std::byte* rows;  // [tokens, L]; memory goes on to a multiple of kExpandedTokens
+  int64_t row_stride;     // bytes
+  WeightRows weight;      // [H, width, L], values are neighbours
+  std::byte* out;         // [H, tokens, width]
+  int64_t out_head_stride, out_token_stride;  // bytes
+};
+constexpr int32_t kExpandedTokens = 128;
 
 // Writes tokens into the cache. Token i goes to slot slot_mapping[i] = block * block_size + offset;
 // -1 skips it.

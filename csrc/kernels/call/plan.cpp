@@ -25,7 +25,8 @@ int32_t tiles_of(const KeyRange& keys, int32_t tile) {
 
 // Key position where tile `index` of a block begins (or its end).
 int32_t tile_edge(const KeyRange& keys, int32_t tile, int32_t index) {
-  return std::clamp((keys.begin / tile + index) * tile, keys.begin, keys.end);
+  return static_cast<int32_t>(
+      std::clamp<int64_t>((int64_t{keys.begin} / tile + index) * tile, keys.begin, keys.end));
 }
 
 // Appends the items of a block cut at the given tile indices; items stay in order.

@@ -40,6 +40,7 @@ struct MergeItem {
   int32_t sequence;
   int32_t row_begin, row_end;
   int32_t first, count;
+  int32_t partial_row = 0;  // row of the slots that row_begin is
 };
 
 struct Plan {

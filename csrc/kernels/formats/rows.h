@@ -53,14 +53,14 @@ void gather_rows(const GatherParams& p, int64_t begin, int64_t end, float* row) 
   const int32_t width = cache.latent + cache.rope;
   const int64_t out_bytes = static_cast<int64_t>(width) * size_of(p.out_type);
   for (int64_t i = begin; i < end; ++i) {
-    const auto sequence = static_cast<int32_t>(i / p.max_seqlen),
-               token = static_cast<int32_t>(p.begin + i % p.max_seqlen);
+    const auto sequence = static_cast<int32_t>(i / p.max_seqlen);
+    const int64_t token = p.begin + i % p.max_seqlen;
     std::byte* out = p.out + i * out_bytes;
     if (token >= p.cache_seqlens[sequence]) {
       __builtin_memset(out, 0, static_cast<size_t>(out_bytes));
       continue;
     }
-    const RowAddress from = Slots(cache, sequence)[token];
+    const RowAddress from = Slots(cache, sequence)[static_cast<int32_t>(token)];
     decode(from.kv_c, from.k_pe, cache.latent, cache.rope, row, row + cache.latent);
     store_values<Simd>(p.out_type, row, width, out);
   }

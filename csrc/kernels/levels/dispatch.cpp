@@ -3,6 +3,7 @@
 #include "kernels/levels/dispatch.h"
 
 #include <atomic>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -83,18 +84,18 @@ const KernelTable* best() {
 
 struct State {
   std::atomic<const KernelTable*> table;
-  const char* environment_error = nullptr;
+  char environment_error[128] = "";
 
   State() : table(best()) {
     const char* name = std::getenv("FLASHMLA_ISA");
     if (name == nullptr || *name == 0 || std::strcmp(name, "auto") == 0) return;
     const LevelEntry* level = find(name);
-    if (level == nullptr) {
-      environment_error = "FLASHMLA_ISA names no level of this build";
-    } else if (!level->available()) {
-      environment_error = "FLASHMLA_ISA names a level that this machine does not offer";
-    } else {
+    if (level != nullptr && level->available()) {
       table = level->table;
+    } else {  // kept, as the variable may change
+      std::snprintf(
+          environment_error, sizeof(environment_error), "\"%.60s\" is %s", name,
+          level == nullptr ? "no level of this build" : "a level that this machine does not offer");
     }
   }
 };
@@ -144,7 +145,10 @@ void offer_matrix_engine(bool (*available)(), bool (*preferred)()) {
 #endif
 }
 
-const char* isa_environment_error() { return state().environment_error; }
+const char* isa_environment_error() {
+  const char* error = state().environment_error;
+  return *error == 0 ? nullptr : error;
+}
 
 const char* kernel_compiler() {
 #ifdef __clang__

@@ -18,8 +18,8 @@ bool isa_available(const char* name);
 // unknown or unavailable.
 bool force_isa(const char* name);
 
-// True when FLASHMLA_ISA was set at load to something unknown or unavailable (the ops raise on the
-// first call).
+// What is wrong with the value that FLASHMLA_ISA had at load, or null (the ops raise on the first
+// call).
 const char* isa_environment_error();
 
 // Makes the level `onednn` known, for callers whose Executor has a matrix engine: whether the

@@ -5,6 +5,8 @@
 // levels/*.cpp only.
 #pragma once
 #include "kernels/attention/attention.h"
+#include "kernels/attention/expand.h"
+#include "kernels/attention/project.h"
 #include "kernels/call/kernel_table.h"
 #include "kernels/formats/cache_format.h"
 #include "kernels/formats/rows.h"
@@ -91,6 +93,26 @@ constexpr Pipeline choose() {
   }
 }
 
+// What computes an expansion.
+struct ExpansionPipeline {
+  size_t (*scratch_bytes)(const ExpansionParams& p);
+  void (*expand)(const ExpansionParams& p, int32_t head, const MatrixEngine* engine,
+                 std::byte* scratch);
+};
+
+template <class Simd, class Arithmetic, class Products = OwnProducts<Simd, Arithmetic>>
+constexpr ExpansionPipeline expansion() {
+  return {expansion_scratch<Simd, Arithmetic, Products::kLent>, expand<Simd, Arithmetic, Products>};
+}
+
+template <class Simd>
+constexpr ExpansionPipeline expansion_of(ScalarType type) {
+  if constexpr (Simd::kBf16Dot) {
+    if (type == ScalarType::kBf16) return expansion<Simd, Bf16<Simd>>();
+  }
+  return expansion<Simd, F32<Simd>>();
+}
+
 template <class Simd, class List>
 struct Pipelines;
 template <class Simd, class... Formats>
@@ -127,13 +149,33 @@ struct Level {
     return of(p).attend(p, shape, item, of(p).stage, of(p).native, of(p).key_max, engine, partials,
                         scratch);
   }
+  static size_t expansion_scratch(const ExpansionParams& p) {
+    return expansion_of<Simd>(p.type).scratch_bytes(p);
+  }
+  static void expand(const ExpansionParams& p, int32_t head, const MatrixEngine* engine,
+                     std::byte* scratch) {
+    expansion_of<Simd>(p.type).expand(p, head, engine, scratch);
+  }
   static const char* arithmetic(CacheFormat format, ScalarType query) {
     return pipeline_of<Simd>(format, query).arithmetic;
   }
 
   static constexpr KernelTable table(const char* name) {
-    return {name,        block_shape,       scratch_bytes,     partial_floats, attend,
-            merge<Simd>, append_rows<Simd>, gather_rows<Simd>, arithmetic,     spin<Simd>};
+    return {name,
+            block_shape,
+            scratch_bytes,
+            partial_floats,
+            attend,
+            merge<Simd>,
+            projection_scratch,
+            project_queries<Simd>,
+            project_values<Simd>,
+            expansion_scratch,
+            expand,
+            append_rows<Simd>,
+            gather_rows<Simd>,
+            arithmetic,
+            spin<Simd>};
   }
 };
 

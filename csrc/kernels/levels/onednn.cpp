@@ -67,6 +67,29 @@ void merge_parts(const AttentionParams& p, BlockShape shape, const MergeItem& it
                  const float* partials) {
   own().merge(p, shape, item, partials);
 }
+size_t projection_memory(const ProjectionParams& p) { return own().projection_scratch(p); }
+void queries(const ProjectionParams& p, int32_t parts, int64_t begin, int64_t end,
+             std::byte* scratch) {
+  own().project_queries(p, parts, begin, end, scratch);
+}
+void values(const ProjectionParams& p, int32_t parts, int64_t begin, int64_t end,
+            std::byte* scratch) {
+  own().project_values(p, parts, begin, end, scratch);
+}
+
+constexpr ExpansionPipeline kLentExpansion =
+    expansion<Avx512Bf16, Bf16<Avx512Bf16>, LentProducts<Avx512Bf16, Bf16<Avx512Bf16>>>();
+
+size_t expansion_memory(const ExpansionParams& p) {
+  return p.type == ScalarType::kBf16 ? kLentExpansion.scratch_bytes(p) : own().expansion_scratch(p);
+}
+void expand_lent(const ExpansionParams& p, int32_t head, const MatrixEngine* engine,
+                 std::byte* scratch) {
+  if (p.type != ScalarType::kBf16 || engine == nullptr || p.width < engine->least_rows())
+    return own().expand(p, head, engine, scratch);
+  kLentExpansion.expand(p, head, engine, scratch);
+  engine->release();
+}
 void append(const AppendParams& p, int64_t begin, int64_t end, float* row) {
   own().append_rows(p, begin, end, row);
 }
@@ -80,8 +103,20 @@ int64_t roof(ArithmeticId id, int64_t iterations) { return own().spin(id, iterat
 
 }  // namespace
 
-const KernelTable kernels_onednn = {"onednn",    block_shape, scratch_bytes, partial_floats,
-                                    attend_lent, merge_parts, append,        gather,
-                                    arithmetic,  roof};
+const KernelTable kernels_onednn = {"onednn",
+                                    block_shape,
+                                    scratch_bytes,
+                                    partial_floats,
+                                    attend_lent,
+                                    merge_parts,
+                                    projection_memory,
+                                    queries,
+                                    values,
+                                    expansion_memory,
+                                    expand_lent,
+                                    append,
+                                    gather,
+                                    arithmetic,
+                                    roof};
 
 }  // namespace flashmla

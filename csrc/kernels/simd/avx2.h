@@ -126,6 +126,12 @@ struct Avx2 {
     v[3] = d;
   }
 
+  static Float sum_lanes(const Float x[8]) {
+    const Float a = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
+    const Float b = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
+    return add(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+  }
+
   static void transpose(Word x[8]) {
     Word t[8];
     for (int i = 0; i < 8; i += 2) {

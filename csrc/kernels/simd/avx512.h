@@ -146,6 +146,20 @@ struct Avx512 {
     v[3] = _mm512_shuffle_f32x4(b, d, 0xdd);
   }
 
+  // Lane i: the sum of the lanes of x[i].
+  static Float sum_lanes(const Float x[16]) {
+    Float quads[4];  // [i]: rows 4 i to 4 i + 3 within each quarter
+    for (int i = 0; i < 4; ++i, x += 4) {
+      const Word a = as_word(add(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1])));
+      const Word b = as_word(add(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3])));
+      quads[i] = add(as_float(_mm512_unpacklo_epi64(a, b)), as_float(_mm512_unpackhi_epi64(a, b)));
+    }
+    auto halve = [](Float a, Float b) {
+      return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    };
+    return halve(halve(quads[0], quads[1]), halve(quads[2], quads[3]));
+  }
+
   // kLanes x kLanes words, in place.
   static void transpose(Word x[16]) {
     Word t[16];

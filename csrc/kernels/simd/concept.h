@@ -12,6 +12,7 @@
 // - scale_by_exp2(p, n): p * 2^n for integral n in [kExp2Floor, 127); exactly 0 at the floor, for
 //   p <= 2^11
 // - transpose: kLanes x kLanes words in place
+// - sum_lanes: lane i of the result is the sum of the lanes of x[i], of kLanes vectors
 // - load_bf16, ...: kLanes values of a storage type, widened; (p, count) touches only the first
 //   count elements
 //
@@ -54,6 +55,7 @@ concept SimdVocabulary =
       { S::round_to_word(f) } -> std::same_as<typename S::Word>;
       { S::select_in_range(0, w, w, f, f) } -> std::same_as<typename S::Float>;
       { S::select_minus_infinity(f, f, f) } -> std::same_as<typename S::Float>;
+      { S::sum_lanes(fs) } -> std::same_as<typename S::Float>;
       { S::scale_by_exp2(f, f) } -> std::same_as<typename S::Float>;
       { S::load_bf16(cv) } -> std::same_as<typename S::Float>;
       { S::load_f16(cv) } -> std::same_as<typename S::Float>;

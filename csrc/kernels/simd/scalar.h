@@ -71,6 +71,12 @@ struct Scalar {
     return p * as_float((__builtin_convertvector(n, Word) + 127) << 23);
   }
 
+  static Float sum_lanes(const Float x[4]) {
+    Float sums;
+    for (int i = 0; i < 4; ++i) sums[i] = (x[i][0] + x[i][1]) + (x[i][2] + x[i][3]);
+    return sums;
+  }
+
   static void transpose(Word x[4]) {
     for (int i = 0; i < 4; ++i) {
       for (int j = 0; j < i; ++j) {

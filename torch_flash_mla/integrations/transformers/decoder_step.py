@@ -4,7 +4,7 @@ Python.
 A transformers model keeps its history in a Cache, an object that a graph cannot have as an input.
 Here the pages are arguments: the caller owns pools, block table and lengths, and decides where
 tokens go. Inside, each call wraps them in a Cache of its own, whose layers hand them to the
-attention function (``_attention.py``) by carriers, as the layers of an MLACache do.
+attention function (``attention.py``) by carriers, as the layers of an MLACache do.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from torch_flash_mla import ops
 from torch_flash_mla.formats import row_bytes
-from torch_flash_mla.integrations._attention import patch_state
-from torch_flash_mla.integrations._mla_cache import CACHE_ARGUMENT, Pages
+from torch_flash_mla.integrations.transformers.attention import patch_state
+from torch_flash_mla.integrations.transformers.cache import Pages
+from torch_flash_mla.integrations.transformers.compat import CACHE_ARGUMENT
 
 
 class DecoderStep(nn.Module):
@@ -82,7 +83,10 @@ class DecoderStep(nn.Module):
         else:
             element = torch.uint8
             widths = [row_bytes(self.kv_cache_dtype, *dims) for dims in self.dims]
-        return [torch.empty(num_blocks, block_size, width, dtype=element) for width in widths]
+        return [
+            torch.empty(num_blocks, block_size, width, dtype=element, device="cpu")
+            for width in widths
+        ]
 
     def forward(
         self,
@@ -111,7 +115,7 @@ class DecoderStep(nn.Module):
             )
         q_length = input_ids.shape[1]
         first = cache_seqlens.long().unsqueeze(1) - q_length
-        positions = (first + torch.arange(q_length)).clamp(min=0)
+        positions = (first + torch.arange(q_length, device="cpu")).clamp(min=0)
         tables = block_table, cache_seqlens, slot_mapping
         layers: list[Any] = [
             StepLayer(self.kv_cache_dtype, dims, pool, *tables)
@@ -120,7 +124,7 @@ class DecoderStep(nn.Module):
         out = self.model(
             input_ids,
             # Any mask of four dimensions goes to the layers as it is; ours do not look at it.
-            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device="cpu"),
             position_ids=positions,
             **{CACHE_ARGUMENT: Cache(layers=layers)},
             use_cache=True,
@@ -133,13 +137,13 @@ class DecoderStep(nn.Module):
     ) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
         """Arguments of :meth:`forward` to trace with: the first tokens of ``batch`` sequences, two
         blocks for each and one to spare."""
-        table = torch.arange(2 * batch, dtype=torch.int32).view(batch, 2)
+        table = torch.arange(2 * batch, dtype=torch.int32, device="cpu").view(batch, 2)
         return (
-            torch.zeros(batch, new_tokens, dtype=torch.int64),
+            torch.zeros(batch, new_tokens, dtype=torch.int64, device="cpu"),
             self.new_caches(2 * batch + 1, block_size),
             table,
-            torch.full((batch,), new_tokens, dtype=torch.int32),
-            table[:, :1] * block_size + torch.arange(new_tokens),
+            torch.full((batch,), new_tokens, dtype=torch.int32, device="cpu"),
+            table[:, :1] * block_size + torch.arange(new_tokens, device="cpu"),
         )
 
     def dynamic_shapes(self) -> tuple[Any, ...]:
@@ -201,7 +205,7 @@ class StepLayer(Pages, CacheLayerMixin):
         self.lazy_initialization(key_states, value_states)
         kv_c, k_pe = key_states[:, 0].detach(), value_states[:, 0].detach()
         ops.concat_and_cache_mla(kv_c, k_pe, self.kv_cache(), self._slot_mapping, self._format)
-        nan = torch.full((), float("nan"), dtype=key_states.dtype)
+        nan = torch.full((), float("nan"), dtype=key_states.dtype, device="cpu")
         return self.carriers(nan, key_states.shape[0], self.get_max_length())
 
     def get_seq_length(self) -> Any:

@@ -1,15 +1,17 @@
 """What tells two models apart for a cache on disk: their configs and a sample of all weights.
 
 A cached latent depends on every weight below its layer, so every parameter counts, adapters
-included. 16 runs of 16 neighbouring values per parameter are read: any fine-tuning of a tensor
-changes them, and a model of thousands of tensors takes a fraction of a second. Configs are compared
-field by field, where both sides have the field: releases of transformers add and drop some.
+included, and every buffer that a checkpoint holds (quantised weights, the biases of a router). 16
+runs of 16 neighbouring values of each are read: any fine-tuning of a tensor changes them, and a
+model of thousands of tensors takes a fraction of a second. Configs are compared field by field,
+where both sides have the field: releases of transformers add and drop some.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig
 
-_RUNS = 16  # per parameter
+_RUNS = 16  # per tensor
 _RUN_LENGTH = 16  # values
 
 # Fields that no hidden state depends on.
@@ -48,9 +50,9 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     config = decoder_config(model)
     inner = getattr(model, "_orig_mod", model)  # of torch.compile
     digest = hashlib.sha256()
-    for name, parameter in inner.named_parameters():
-        digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}\n".encode())
-        digest.update(_sample(parameter))
+    for name, tensor in (*inner.named_parameters(), *_persistent_buffers(inner)):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(_sample(tensor))
     for name, module in inner.named_modules():
         if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters"):  # PEFT
             digest.update(f"{name} {module.active_adapters} {module.disable_adapters}\n".encode())
@@ -81,6 +83,14 @@ def difference(stored: dict[str, Any], present: dict[str, Any]) -> str | None:
     if stored["weights"] != present["weights"]:
         return "its model has the same config, but other weights, dtypes or adapters"
     return None
+
+
+def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers that a checkpoint holds: others follow from the config, or are scratch."""
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{path}.{name}", buffer
 
 
 def _fields(config: PreTrainedConfig) -> dict[str, Any]:

@@ -1,0 +1,179 @@
+"""Engines of vLLM over the tiny model, prompts for them, and transformers to judge the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from programs import ROOT
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from vllm import LLM, RequestOutput, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.model_executor.layers.attention.mla_attention import MLAAttention
+from vllm.v1.attention.backends.mla import amx_mla, cpu_mla
+from vllm.v1.attention.backends.mla.prefill.cpu_sdpa import CPUSDPAMLAPrefillBackend
+
+from torch_flash_mla import ops
+
+TINY_MODEL = ROOT / "examples" / "tiny_model"
+LAYERS = 4
+
+
+@contextmanager
+def engine(
+    kv_cache_dtype: str = "auto", *, model: Path | str = TINY_MODEL, **options: Any
+) -> Iterator[LLM]:
+    """An engine in this process, float32 unless ``dtype`` says otherwise; nothing of it remains."""
+    additional = {"torch_flash_mla": {"kv_cache_dtype": kv_cache_dtype}}
+    defaults = {
+        "dtype": "float32",
+        "max_model_len": 2048,
+        "enforce_eager": True,
+        "seed": 0,
+        "additional_config": {} if kv_cache_dtype == "auto" else additional,
+        "disable_log_stats": False,  # which takes the metrics away too
+    }
+    llm = None
+    try:
+        llm = LLM(str(model), **(defaults | options))
+        yield llm
+    finally:
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
+
+
+def generate(llm: LLM, prompts: Sequence[list[int]], **options: Any) -> list[RequestOutput]:
+    """The answers to prompts of token ids; 64 tokens, greedy, unless ``options`` say otherwise."""
+    defaults = {"temperature": 0.0, "max_tokens": 64, "ignore_eos": True}
+    parameters = SamplingParams(**(defaults | options))
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    return llm.generate(inputs, parameters, use_tqdm=False)
+
+
+def tokens_of(outputs: Sequence[RequestOutput]) -> list[list[list[int]]]:
+    """Token ids by request and sample."""
+    return [[list(sample.token_ids) for sample in output.outputs] for output in outputs]
+
+
+def metric(llm: LLM, name: str) -> float:
+    """The value of one of vLLM's own counters."""
+    found = [m.value for m in llm.get_metrics() if m.name == name]
+    assert found, f"{name} is none of {sorted({m.name for m in llm.get_metrics()})}"
+    return sum(found)
+
+
+@cache
+def held_out_tokens() -> list[int]:
+    """The text that the tiny model was not trained on, as token ids."""
+    text = (TINY_MODEL / "heldout.txt").read_text()[:100_000]
+    return AutoTokenizer.from_pretrained(TINY_MODEL)(text)["input_ids"]
+
+
+def held_out_prompts(lengths: Sequence[int]) -> list[list[int]]:
+    """Different pieces of the held-out text."""
+    tokens, generator = held_out_tokens(), torch.Generator().manual_seed(0)
+    starts = [
+        int(torch.randint(len(tokens) - length, (), generator=generator)) for length in lengths
+    ]
+    return [tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+
+
+@cache
+def transformers_model(dtype: torch.dtype, path: Path = TINY_MODEL) -> PreTrainedModel:
+    """The stock model of transformers, which is the reference."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+
+
+@torch.no_grad()
+def reference_logprobs(
+    model: PreTrainedModel, prompt: Sequence[int], answer: Sequence[int]
+) -> Tensor:
+    """What transformers says at each token of an answer: float32 [answer, vocabulary]."""
+    tokens = torch.tensor([[*prompt, *answer]])
+    logits = model(tokens[:, :-1], logits_to_keep=len(answer)).logits[0]
+    return logits.float().log_softmax(-1)
+
+
+def not_greedy(model: PreTrainedModel, outputs: Sequence[RequestOutput], tie: float) -> int:
+    """How many tokens of greedy answers are not those that transformers would have taken.
+
+    Args:
+        tie: how near the best log-probability a token may come to count as the best.
+    """
+    count = 0
+    for output in outputs:
+        answer = list(output.outputs[0].token_ids)
+        logprobs = reference_logprobs(model, output.prompt_token_ids, answer)
+        taken = logprobs.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        count += int((logprobs.amax(1) - taken > tie).sum())
+    return count
+
+
+@dataclass
+class Calls:
+    """What was computed by whom while :func:`counted` was active.
+
+    Attributes:
+        layers: steps of layers that vLLM asked attention of.
+        attention: calls of ``mla_attention_kv_b``.
+        queries: query tokens in those.
+        appended: tokens written to the cache.
+        mixed: calls that held single tokens and longer pieces.
+        formats: cache formats of those calls.
+    """
+
+    layers: int = 0
+    attention: int = 0
+    queries: int = 0
+    appended: int = 0
+    mixed: int = 0
+    formats: set[str] = field(default_factory=set)
+
+
+def _never(*args: Any, **kwargs: Any) -> None:
+    raise AssertionError("an attention kernel of vLLM was called")
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
+    """Counts the calls of this package's operators, and fails if vLLM's own attention runs."""
+    calls = Calls()
+    attention, append, forward = (
+        ops.mla_attention_kv_b,
+        ops.concat_and_cache_mla,
+        MLAAttention.forward_impl,
+    )
+
+    def count_attention(q: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        calls.attention += 1
+        calls.queries += q.shape[0]
+        calls.formats.add(kwargs["kv_cache_dtype"])
+        lengths = kwargs["cu_seqlens_q"].diff()
+        calls.mixed += int(lengths.min() == 1 and lengths.max() > 1)
+        return attention(q, *args, **kwargs)
+
+    def count_append(*args: Any, **kwargs: Any) -> None:
+        calls.appended += int((args[3] >= 0).sum())
+        append(*args, **kwargs)
+
+    def count_layer(self: MLAAttention, *args: Any, **kwargs: Any) -> Tensor:
+        calls.layers += 1
+        return forward(self, *args, **kwargs)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(ops, "mla_attention_kv_b", count_attention)
+        patches.setattr(ops, "concat_and_cache_mla", count_append)
+        patches.setattr(MLAAttention, "forward_impl", count_layer)
+        patches.setattr(CPUSDPAMLAPrefillBackend, "_ragged_sdpa", _never)
+        patches.setattr(cpu_mla.ops, "mla_decode_kvcache_cpu", _never)
+        patches.setattr(amx_mla.AMXMLAImpl, "forward_mha", _never)
+        patches.setattr(amx_mla.AMXMLAImpl, "forward_mqa", _never)
+        yield calls

@@ -1,0 +1,143 @@
+"""Compares patched models with stock ones in several releases of transformers.
+
+Each release lives in build/transformers/VERSION, a virtual environment that holds transformers and
+whichever of its dependencies must be older than those of the present environment; the rest is taken
+from here. In each, every family that this release has runs through tests/test_transformers.py:
+logits, greedy, left padding, beams, assisted decoding, caches of all kinds and cache formats ::
+
+    python tools/test_transformers.py 5.15.0 5.24.0              # counts per release
+    python tools/test_transformers.py 5.15.0 5.24.0 --readme     # and the list in README.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import textwrap
+import time
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENTS = ROOT / "build" / "transformers"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- families -->\n", "<!-- end of families -->\n"
+# Everything but the deliberate faults, which say something about the comparison.
+TESTS = ("tests/test_transformers.py", "-k", "not fault")
+ALSO_KNOWN_AS = {"deepseek_v3": "Kimi K2", "kimi_k25": "Kimi K2.5"}
+
+
+@dataclass
+class Result:
+    """What one release gave."""
+
+    version: str
+    counts: Counter[str]  # passed, failed, skipped
+    families: dict[str, Counter[str]]
+    seconds: float
+
+    @property
+    def working(self) -> set[str]:
+        """Families of which something passed and nothing failed."""
+        return {f for f, n in self.families.items() if n["passed"] and not n["failed"]}
+
+
+def environment(version: str) -> Path:
+    """The Python of the environment of a release, which is made if it does not exist."""
+    folder = ENVIRONMENTS / version
+    python = folder / "bin" / "python"
+    stamp = folder / "installed"
+    if stamp.exists():
+        return python
+    subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", folder], check=True)
+    paths = {"base": str(folder), "platbase": str(folder)}
+    inner = Path(sysconfig.get_path("purelib", "venv", vars=paths))
+    (inner / "present_environment.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    # pip sees the packages of both, and installs what is missing or too new.
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q"]
+    subprocess.run([*pip, f"transformers=={version}"], check=True)
+    stamp.touch()
+    return python
+
+
+def run(version: str, arguments: list[str]) -> Result:
+    """The tests in one release; their output is shown."""
+    python = environment(version)
+    report = ENVIRONMENTS / f"{version}.xml"
+    report.unlink(missing_ok=True)
+    begin = time.monotonic()
+    pytest = [python, "-m", "pytest", "-q", "-m", "not exhaustive", "-p", "no:cacheprovider"]
+    subprocess.run(
+        [*pytest, f"--junitxml={report}", *TESTS, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    result = Result(version, Counter(), {}, time.monotonic() - begin)
+    for case in ElementTree.parse(report).iter("testcase"):
+        outcome = "passed"
+        if case.find("failure") is not None or case.find("error") is not None:
+            outcome = "failed"
+        elif case.find("skipped") is not None:
+            outcome = "skipped"
+        result.counts[outcome] += 1
+        # test_same_text_as_stock[deepseek_v3-greedy]; refusals are of families that do not work
+        name = re.fullmatch(r"(\w+)\[(\w+)-.*\]", case.get("name", ""))
+        if name is not None and name[2] != "tiny_model":
+            result.families.setdefault(name[2], Counter())[outcome] += 1
+    return result
+
+
+def families_section(results: list[Result]) -> str:
+    """The part of the README between the two marks, from the runs of several releases."""
+    results = sorted(results, key=lambda result: [int(x) for x in result.version.split(".")])
+    since: dict[str, list[str]] = {}
+    seen: set[str] = set()
+    for result in results:
+        since[result.version] = sorted(result.working - seen)
+        seen |= result.working
+    versions = [result.version for result in results]
+    lines = [
+        "Found by structure, and each compared with the stock model in transformers "
+        f"{', '.join(versions[:-1])} and {versions[-1]}:\n"
+    ]
+    for version, names in since.items():
+        if names:
+            named = [f"{n} ({ALSO_KNOWN_AS[n]})" if n in ALSO_KNOWN_AS else n for n in names]
+            item = f"- {version}: {', '.join(named)}"
+            lines.append(textwrap.fill(item, 100, subsequent_indent="  ", break_on_hyphens=False))
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("versions", nargs="+", metavar="VERSION")
+    parser.add_argument("--readme", action="store_true", help="write the list in README.md")
+    options, arguments = parser.parse_known_args()
+    results = [run(version, arguments) for version in options.versions]
+    width = max(len(result.version) for result in results)
+    for result in results:
+        counts = ", ".join(f"{n} {outcome}" for outcome, n in sorted(result.counts.items()))
+        print(
+            f"transformers {result.version:{width}}  {len(result.working)} families  {counts}"
+            f"  {result.seconds:.0f} s"
+        )
+        for family, of_family in result.families.items():
+            if of_family["failed"]:
+                print(f"  {family}: {of_family['failed']} failed, {of_family['passed']} passed")
+    if options.readme:
+        text = README.read_text()
+        begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+        README.write_text(text[:begin] + "\n" + families_section(results) + "\n" + text[end:])
+    if any(result.counts["failed"] or not result.counts["passed"] for result in results):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
