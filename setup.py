@@ -3,41 +3,44 @@
 1. CMake builds the kernels (csrc/kernels, no torch) into the static archive
    build/kernels/libflashmla_kernels.a. Another compiler than the operators' may do this:
    FLASHMLA_KERNEL_CXX, else clang++ 16 or newer when there is one, else c++.
-2. torch's BuildExtension compiles the operators (csrc/ops) and links them with the archive into
-   torch_flash_mla/_C.so, a plain shared library without Python symbols: one build serves every
-   Python version.
+2. CMake builds the operators (csrc/ops) and links them with the archive into
+   torch_flash_mla/_C_torch<series>.so, a plain shared library without Python symbols: for the torch
+   of this environment, or for each of the torch folders that FLASHMLA_TORCH names.
 
-Environment: FLASHMLA_KERNEL_CXX, MAX_JOBS, FLASHMLA_BUILD_TYPE (Release, Debug), FLASHMLA_WERROR=1,
-FLASHMLA_SANITIZE=address,undefined.
+Environment: FLASHMLA_TORCH=folder:folder, FLASHMLA_KERNEL_CXX, MAX_JOBS, FLASHMLA_BUILD_TYPE
+(Release, Debug), FLASHMLA_WERROR=1, FLASHMLA_SANITIZE=address,undefined.
 """
 
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import setup
-from setuptools.command.build_ext import build_ext as plain_build_ext
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 KERNEL_BUILD = ROOT / "build" / "kernels"
+OPERATOR_BUILD = ROOT / "build" / "ops"
 ARCHIVE = KERNEL_BUILD / "libflashmla_kernels.a"
 OLDEST_CLANG = 16
-# The one statement of the supported torch: the dependency in pyproject.toml ("torch==2.13.*").
-(TORCH_SERIES,) = re.findall(r'"torch==(\d+\.\d+)\.\*"', (ROOT / "pyproject.toml").read_text())
 
-TORCH_HELP = f"""
+series = runpy.run_path(str(ROOT / "torch_flash_mla" / "_series.py"))
+SUPPORTED_TORCH = series["SUPPORTED_TORCH"]
+
+TORCH_HELP = """
 torch_flash_mla compiles against the PyTorch of your environment, so that must be there first and
 be seen by the build:
 
-    pip install 'torch=={TORCH_SERIES}.0+cpu' --extra-index-url https://download.pytorch.org/whl/cpu
-    pip install 'setuptools>=77' cmake ninja
+    pip install torch 'setuptools>=77' cmake ninja
     pip install --no-build-isolation .
 """
 
@@ -50,11 +53,29 @@ os.environ["PATH"] = os.pathsep.join(
     ]
 )
 
-try:
-    import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
-except ImportError:
-    torch = None
+
+def torch_folders() -> dict[str, Path]:
+    """Folders with torch's include/ and lib/, by series."""
+    if named := os.environ.get("FLASHMLA_TORCH"):
+        folders = [Path(folder).resolve() for folder in named.split(os.pathsep)]
+    else:
+        found = importlib.util.find_spec("torch")
+        folders = [Path(found.origin).parent] if found and found.origin else []
+    return {torch_series(folder): folder for folder in folders}
+
+
+def torch_series(folder: Path) -> str:
+    """The series of the torch in ``folder``, as its headers say."""
+    try:
+        text = (folder / "include" / "torch" / "headeronly" / "version.h").read_text()
+    except FileNotFoundError:  # this header came with 2.9
+        oldest = SUPPORTED_TORCH[0]
+        raise SystemExit(
+            f"torch_flash_mla needs torch {oldest} or newer to build; {folder} has an older one, "
+            f"or no headers.\n{TORCH_HELP}"
+        ) from None
+    part = {name: re.search(rf"TORCH_VERSION_{name} (\d+)", text)[1] for name in ("MAJOR", "MINOR")}
+    return f"{part['MAJOR']}.{part['MINOR']}"
 
 
 def tool(name: str) -> str:
@@ -86,108 +107,90 @@ def jobs() -> str:
     return os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
 
 
-def build_kernels() -> None:
-    compiler = kernel_compiler()
-    print(f"torch_flash_mla: kernels are compiled by {compiler}", flush=True)
-    KERNEL_BUILD.mkdir(parents=True, exist_ok=True)
-    remembered = KERNEL_BUILD / "compiler.txt"
+def run_cmake(source: Path, build: Path, compiler: str, what: str, **options: str) -> None:
+    """Configures and builds a CMake project."""
+    cmake, ninja = tool("cmake"), tool("ninja")
+    build.mkdir(parents=True, exist_ok=True)
+    remembered = build / "compiler.txt"
     if remembered.exists() and remembered.read_text() != compiler:
-        (KERNEL_BUILD / "CMakeCache.txt").unlink(
-            missing_ok=True
-        )  # CMake cannot change its compiler in place
-        shutil.rmtree(KERNEL_BUILD / "CMakeFiles", ignore_errors=True)
+        # CMake cannot change its compiler in place.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        shutil.rmtree(build / "CMakeFiles", ignore_errors=True)
     remembered.write_text(compiler)
-    configure = [
-        tool("cmake"), "-S", str(ROOT), "-B", str(KERNEL_BUILD), "-G", "Ninja",
-        f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
-        f"-DCMAKE_BUILD_TYPE={os.environ.get('FLASHMLA_BUILD_TYPE', 'Release')}",
-        f"-DFLASHMLA_WERROR={os.environ.get('FLASHMLA_WERROR', '0')}",
-        f"-DFLASHMLA_SANITIZE={os.environ.get('FLASHMLA_SANITIZE', '')}",
-    ]  # fmt: skip
-    build = [tool("cmake"), "--build", str(KERNEL_BUILD), "--parallel", jobs()]
-    for command in (configure, build):
+    options = {
+        "CMAKE_MAKE_PROGRAM": ninja,
+        "CMAKE_BUILD_TYPE": os.environ.get("FLASHMLA_BUILD_TYPE", "Release"),
+        "FLASHMLA_WERROR": os.environ.get("FLASHMLA_WERROR", "0"),
+        "FLASHMLA_SANITIZE": os.environ.get("FLASHMLA_SANITIZE", ""),
+        **options,
+    }
+    configure = [cmake, "-S", str(source), "-B", str(build), "-G", "Ninja"]
+    configure += [f"-D{name}={value}" for name, value in options.items()]
+    for command in (configure, [cmake, "--build", str(build), "--parallel", jobs()]):
         # CXX rather than CMAKE_CXX_COMPILER: it may hold several words ("python -m ziglang c++").
         if subprocess.run(command, env={**os.environ, "CXX": compiler}).returncode != 0:
-            raise SystemExit("torch_flash_mla: compiling the kernels failed, see above")
+            raise SystemExit(f"torch_flash_mla: compiling the {what} failed, see above")
 
 
-def operator_library():
-    """torch_flash_mla/_C.so: exports nothing, needs neither libpython nor an OpenMP runtime."""
-    compile_args = [
-        "-O2",
-        "-g0",
-        "-fvisibility=hidden",
-        "-fvisibility-inlines-hidden",
-        "-Wall",
-        "-Wextra",
-    ]
-    exports = "csrc/ops/exports.map"
-    link_args = [f"-Wl,--version-script={ROOT / exports}", "-Wl,--as-needed"]
-    if os.environ.get("FLASHMLA_WERROR", "0") != "0":
-        compile_args.append("-Werror")
-    if sanitize := os.environ.get("FLASHMLA_SANITIZE"):
-        flags = [f"-fsanitize={sanitize}", "-fno-sanitize=vptr"]
-        compile_args += [*flags, "-g", "-fno-omit-frame-pointer"]
-        link_args += flags
-    extension = CppExtension(
-        "torch_flash_mla._C",
-        sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "ops").glob("*.cpp")),
-        include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args={"cxx": compile_args},
-        extra_link_args=link_args,
-        extra_objects=[str(ARCHIVE)],
-        depends=[str(ARCHIVE), exports, *map(str, (ROOT / "csrc").rglob("*.h"))],
-        py_limited_api=True,
-    )
-    # torch's own headers are not held to our warnings.
-    system = [argument for path in extension.include_dirs[1:] for argument in ("-isystem", path)]
-    extension.extra_compile_args["cxx"] += system
-    extension.include_dirs = extension.include_dirs[:1]
-    return extension
+class BuildOperators(build_ext):
+    """Builds the kernel archive, then a library of operators for each torch."""
+
+    def run(self) -> None:
+        if not TORCH:
+            raise SystemExit(f"torch_flash_mla: torch was not found.\n{TORCH_HELP}")
+        for name in TORCH:
+            if series["order"](name) < series["order"](SUPPORTED_TORCH[0]):
+                raise SystemExit(
+                    f"torch_flash_mla needs torch {SUPPORTED_TORCH[0]} or newer to build, and "
+                    f"torch {name} was found.\n{TORCH_HELP}"
+                )
+            if name not in SUPPORTED_TORCH:
+                print(
+                    f"torch_flash_mla: WARNING: torch {name} is none of those that this release "
+                    f"was tested with: {', '.join(SUPPORTED_TORCH)}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        (ROOT / "build").mkdir(exist_ok=True)
+        with (ROOT / "build" / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two builds of one tree would mix their objects
+            self.compile()
+            super().run()
+
+    def compile(self) -> None:
+        compiler = kernel_compiler()
+        print(f"torch_flash_mla: kernels are compiled by {compiler}", flush=True)
+        run_cmake(ROOT, KERNEL_BUILD, compiler, "kernels")
+        run_cmake(
+            ROOT / "csrc" / "ops",
+            OPERATOR_BUILD,
+            os.environ.get("CXX", "c++"),
+            "operators",
+            FLASHMLA_TORCH=";".join(map(str, TORCH.values())),
+            FLASHMLA_KERNELS=str(ARCHIVE),
+        )
+
+    def build_extension(self, extension: Extension) -> None:
+        """Takes the library that CMake made."""
+        target = Path(self.get_ext_fullpath(extension.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.copy_file(str(OPERATOR_BUILD / target.name), str(target))
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Without the name of a Python version: no Python symbol is used."""
+        return fullname.replace(".", os.sep) + ".so"
 
 
-if torch is None or not torch.__version__.startswith(f"{TORCH_SERIES}."):
-    found = f"torch {torch.__version__} was found" if torch else "torch was not found"
+def extension(name: str) -> Extension:
+    library = series["library_name"](name)
+    return Extension(f"torch_flash_mla.{Path(library).stem}", [], py_limited_api=True)
 
-    class BuildOperators(plain_build_ext):
-        """Metadata and source archives need no torch; compiling does, and says so."""
 
-        def run(self) -> None:
-            raise SystemExit(
-                f"torch_flash_mla needs torch {TORCH_SERIES}.* to build, and {found}.\n{TORCH_HELP}"
-            )
-
-    from setuptools import Extension
-
-    extensions = [Extension("torch_flash_mla._C", [])]
-else:
-
-    class BuildOperators(BuildExtension.with_options(no_python_abi_suffix=True)):
-        """Builds the kernel archive, then what links it."""
-
-        def finalize_options(self) -> None:
-            super().finalize_options()
-            # An editable install would compile in a fresh temporary folder every time.
-            self.build_temp = str(ROOT / "build" / "ops")
-
-        def run(self) -> None:
-            (ROOT / "build").mkdir(exist_ok=True)
-            with (ROOT / "build" / "lock").open(
-                "w"
-            ) as lock:  # two builds of one tree would mix their objects
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                build_kernels()
-                try:
-                    super().run()
-                except RuntimeError as error:
-                    raise SystemExit(
-                        f"torch_flash_mla: compiling the operators failed: {error}"
-                    ) from None
-
-    extensions = [operator_library()]
-
+# Metadata and source archives need no torch; compiling does, and says so.
+TORCH = torch_folders()
 setup(
-    ext_modules=extensions,
+    install_requires=[series["requirement"](tuple(TORCH))],
+    ext_modules=[extension(name) for name in TORCH or SUPPORTED_TORCH[-1:]],
     cmdclass={"build_ext": BuildOperators},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

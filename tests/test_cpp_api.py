@@ -15,14 +15,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from cpp_examples import PACKAGE_TOLERANCE, attention_demo, decode, numbers
+from cpp_examples import PACKAGE_TOLERANCE, attention_demo, decode
+from cpp_operators import check_operators, values
 from programs import ROOT, load_program, run
-from torch import Tensor
 
 import torch_flash_mla
-from torch_flash_mla import formats, ops
+from torch_flash_mla import formats
 
 PACKAGE = Path(torch_flash_mla.__file__).parent
+LIBRARY = Path(torch_flash_mla.library_path).name
 PREFIX = f"{torch.utils.cmake_prefix_path};{torch_flash_mla.cmake_prefix_path}"
 
 export = load_program("examples/cpp/export.py")
@@ -54,31 +55,27 @@ def test_find_package(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "replaced", "message"),
+    ("version", "libraries", "message"),
     [
-        ("9.9", {}, r'compatible with requested version\s+"9.9"'),
-        ("", {"_C.so": None}, "_C.so is missing"),
+        ("9.9", [LIBRARY], r'compatible with requested version\s+"9.9"'),
+        ("", [], rf"{LIBRARY} is missing: the operators were not compiled"),
         (
             "",
-            {"__init__.py": 'SUPPORTED_TORCH = "1.0"\n'},
-            r"is built for torch 1\.0\.\*, but torch",
+            ["_C_torch10.so", "_C_torch299.so"],
+            rf"no operators for torch 2\.\d+.*: {LIBRARY} is none of _C_torch10.so, _C_torch299.so",
         ),
     ],
     ids=["version", "library", "torch"],
 )
 def test_find_package_says_what_is_wrong(
-    version: str, replaced: dict[str, str | None], message: str, tmp_path: Path
+    version: str, libraries: list[str], message: str, tmp_path: Path
 ) -> None:
-    """In a copy of the package, spoiled."""
+    """In a copy of the package, with the libraries of some series."""
     copied = tmp_path / "torch_flash_mla"
     shutil.copytree(PACKAGE / "share", copied / "share")
-    for name in ("__init__.py", "_C.so"):
-        content = replaced.get(name, "as it is")
-        if content == "as it is":
-            (copied / name).symlink_to(PACKAGE / name)
-        elif content is not None:
-            text = (PACKAGE / name).read_text()
-            (copied / name).write_text(re.sub(r"(?m)^SUPPORTED_TORCH = .*\n", content, text))
+    (copied / "__init__.py").symlink_to(PACKAGE / "__init__.py")
+    for name in libraries:
+        (copied / name).touch()
     prefix = f"{torch.utils.cmake_prefix_path};{copied}/share/cmake"
     output = " ".join(configure(tmp_path, prefix, version, fails=True).split())
     assert re.search(message, output), output
@@ -102,49 +99,9 @@ def programs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return folder
 
 
-def values(text: str) -> Tensor:
-    return torch.tensor([float(word) for word in text.split()])
-
-
 @pytest.mark.slow
 def test_operators(programs: Path) -> None:
-    output = run(programs / "operators")
-    printed = dict(re.findall(r"^([\w ]+): (.*)$", output, re.MULTILINE))
-    assert printed["instruction set"] == torch_flash_mla.cpu_isa()
-
-    heads, latent, nope, value = 4, 64, 16, 24
-    kv_cache = torch.empty(6, 16, torch.ops.flashmla._row_bytes("q8_kv", 64, 32), dtype=torch.uint8)
-    table = torch.tensor([[0, 3, 5], [4, 1, 2]], dtype=torch.int32)
-    lengths = torch.tensor([20, 20], dtype=torch.int32)
-    positions = torch.arange(20)
-    slots = table.long()[:, positions // 16] * 16 + positions % 16
-    tokens = numbers(0, 2, 20, latent), numbers(7, 2, 20, 32)
-    ops.concat_and_cache_mla(*tokens, kv_cache, slots, "q8_kv")
-    weight = numbers(3, heads, nope + value, latent)
-    q_nope, q_pe = numbers(11, 2, 1, heads, nope), numbers(13, 2, 1, heads, 32)
-    query = torch.cat([torch.einsum("bshp,hpl->bshl", q_nope, weight[:, :nope]), q_pe], dim=-1)
-    tail = (kv_cache, table, lengths)
-    scale = (nope + 32) ** -0.5
-    latent_out, lse = ops.mla_attention(query, *tail, latent, scale, kv_cache_dtype="q8_kv")
-    out, _ = ops.mla_attention_kv_b(
-        q_nope, *tail, weight, value, scale, q_pe=q_pe, kv_cache_dtype="q8_kv"
-    )
-    for name, expected in (("latent out", latent_out), ("lse", lse), ("out", out)):
-        torch.testing.assert_close(
-            values(printed[name]), expected.flatten()[:6], rtol=1e-4, atol=1e-4
-        )
-    for name in ("by hand", "merged", "merged lse"):
-        assert re.search(rf"^{name}: relative difference \d\.\de-", output, re.MULTILINE)
-    ops.copy_blocks(kv_cache, table[:, 0].long().unsqueeze(0))
-    for name in torch_flash_mla.available_isas():
-        with torch_flash_mla.force_isa(name):
-            expected, _ = ops.mla_attention(
-                query, *tail, latent, scale, causal=True, kv_cache_dtype="q8_kv"
-            )
-        torch.testing.assert_close(
-            values(printed[name]), expected.flatten()[:6], rtol=1e-4, atol=1e-4
-        )
-    assert printed["as expected"].startswith("kv_cache: rows of 104, expected 72")
+    check_operators(run(programs / "operators"))
 
 
 @pytest.mark.slow
@@ -187,7 +144,7 @@ def test_a_program_without_the_library_is_told_so(programs: Path, tmp_path: Path
         *("-ltorch_cpu", "-lc10"),
     )
     output = run(tmp_path / "alone", fails=True)
-    assert "flashmla::_isa is not registered: torch_flash_mla/_C.so is not loaded" in output
+    assert "flashmla::_isa is not registered: the library of torch_flash_mla, _C_torch" in output
 
 
 def test_row_bytes_are_those_of_python() -> None:

@@ -243,7 +243,7 @@ assert "torch_flash_mla" not in sys.modules
 print([attention_demo(layer).tolist(), decode(step, b"import os", 40)[0]])
 """,
         exported,
-        Path(torch_flash_mla.__file__).with_name("_C.so"),
+        torch_flash_mla.library_path,
     )
     rows, tokens = eval(output)
     assert_near(torch.tensor(rows), attention_demo(export.attention_layer()), 5e-3)

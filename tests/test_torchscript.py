@@ -19,7 +19,7 @@ from torch_flash_mla import MLAAttention
 # torch announces on each call that TorchScript is deprecated; users shall see that, tests know.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
-LIBRARY = Path(torch_flash_mla.__file__).with_name("_C.so")
+LIBRARY = Path(torch_flash_mla.library_path)
 
 export = load_program("examples/cpp/export.py")
 

@@ -7,6 +7,7 @@ in :mod:`torch_flash_mla.ops`; ``patch(model)`` makes a transformers model use t
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# The operators use torch's C++ interface, which is stable within one series only. The dependency in
-# pyproject.toml says the same.
-SUPPORTED_TORCH = "2.13"
+from torch_flash_mla._series import SUPPORTED_TORCH, library_name, order, requirement, series_of
 
 try:
     import torch
@@ -24,27 +23,47 @@ except ModuleNotFoundError as error:
     if error.name != "torch":  # torch is there, but something that it needs is not
         raise
     raise ImportError(
-        f"torch_flash_mla needs torch {SUPPORTED_TORCH}.*, which is not installed: "
-        f"pip install 'torch=={SUPPORTED_TORCH}.*'"
+        f"torch_flash_mla needs torch {SUPPORTED_TORCH[0]} to {SUPPORTED_TORCH[-1]}, which is not "
+        f"installed: pip install '{requirement(SUPPORTED_TORCH)}'"
     ) from error
 
 # Where CMake finds torch_flash_mla-config.cmake, as torch.utils.cmake_prefix_path does for torch.
 cmake_prefix_path = str(Path(__file__).resolve().with_name("share") / "cmake")
 
 
-def _load_operators() -> None:
-    """Registers the operators of ``_C.so``, or explains what stands in the way."""
-    if ".".join(torch.__version__.split(".")[:2]) != SUPPORTED_TORCH:
+def _load_operators() -> str:
+    """Registers the operators made for this torch, or explains what stands in the way.
+
+    They use torch's C++ interface, which keeps its binary form within one series only.
+    """
+    package = Path(__file__).parent
+    series = series_of(torch.__version__)
+    library = package / library_name(series)
+    if order(series) < order(SUPPORTED_TORCH[0]):
         raise ImportError(
-            f"torch_flash_mla {__version__} is built for torch {SUPPORTED_TORCH}.*, but torch "
-            f"{torch.__version__} is installed. Install torch=={SUPPORTED_TORCH}.*, or a release "
-            "of torch_flash_mla made for your torch."
+            f"torch_flash_mla {__version__} needs torch {SUPPORTED_TORCH[0]} or newer, but torch "
+            f"{torch.__version__} is installed: pip install '{requirement(SUPPORTED_TORCH)}'"
         )
-    library = Path(__file__).with_name("_C.so")
     if not library.exists():
+        present = [path.stem.removeprefix("_C_torch") for path in package.glob(library_name("*"))]
+        if not present:
+            raise ImportError(
+                f"{library} is missing: the operators were not compiled. In a checkout run "
+                "`make setup`, or in your own environment `pip install --no-build-isolation -e .`"
+            )
+        served = ", ".join(sorted((f"{s[0]}.{s[1:]}" for s in present), key=order))
         raise ImportError(
-            f"{library} is missing: the operators were not compiled. In a checkout run "
-            "`make setup`, or in your own environment `pip install --no-build-isolation -e .`"
+            f"torch_flash_mla {__version__} has operators for torch {served}, but torch "
+            f"{torch.__version__} is installed. Compile them for it from the source archive:\n"
+            "    pip install 'setuptools>=77' cmake ninja\n"
+            "    pip install --no-build-isolation --force-reinstall --no-deps "
+            f"torch_flash_mla-{__version__}.tar.gz"
+        )
+    if series not in SUPPORTED_TORCH:
+        warnings.warn(
+            f"torch_flash_mla {__version__} was compiled for torch {series}, on which it was never "
+            f"tested; it was on {', '.join(SUPPORTED_TORCH)}",
+            stacklevel=2,
         )
     try:
         torch.ops.load_library(library)
@@ -53,9 +72,12 @@ def _load_operators() -> None:
             f"{library} does not load into torch {torch.__version__}; compile it again, with "
             f"`make setup` or `pip install --no-build-isolation .`: {error}"
         ) from error
+    return str(library)
 
 
-_load_operators()
+#: The operator library that is loaded. A program that does without the Python package loads this
+#: file: ``torch.ops.load_library``, or ``dlopen`` in C++.
+library_path = _load_operators()
 
 from torch_flash_mla import _fake, _vmap, ops  # noqa: E402, F401
 from torch_flash_mla.ops import (  # noqa: E402
@@ -139,6 +161,7 @@ __all__ = [
     "force_isa",
     "gather_cache",
     "get_mla_metadata",
+    "library_path",
     "merge_attn_states",
     "mla_attention",
     "mla_attention_kv_b",

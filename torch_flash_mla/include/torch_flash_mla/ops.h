@@ -2,8 +2,8 @@
 //
 // Header-only: each function looks its operator up in torch's dispatcher, so it is what
 // torch_flash_mla/ops.py is in Python, whose docstrings hold here too. The operators come from
-// torch_flash_mla/_C.so: link the CMake target torch_flash_mla::torch_flash_mla, or dlopen the
-// file.
+// torch_flash_mla/_C_torch<series>.so: link the CMake target torch_flash_mla::torch_flash_mla,
+// which takes the one for the torch that CMake found, or dlopen the file.
 //
 // Errors are the exceptions of torch: c10::ValueError, c10::TypeError, c10::IndexError,
 // c10::NotImplementedError, all of them c10::Error, with a message that names the argument.
@@ -50,9 +50,10 @@ namespace detail {
 template <class Signature>
 c10::TypedOperatorHandle<Signature> find(const char* name) {
   const auto handle = c10::Dispatcher::singleton().findSchema({name, ""});
-  TORCH_CHECK(handle.has_value(), name,
-              " is not registered: torch_flash_mla/_C.so is not loaded. Link the CMake target "
-              "torch_flash_mla::torch_flash_mla, or dlopen the file before the first call");
+  TORCH_CHECK(
+      handle.has_value(), name,
+      " is not registered: the library of torch_flash_mla, _C_torch*.so, is not loaded. Link the "
+      "CMake target torch_flash_mla::torch_flash_mla, or dlopen the file before the first call");
   return handle->typed<Signature>();
 }
 

@@ -5,23 +5,24 @@
 #
 # torch comes along, if CMAKE_PREFIX_PATH also names torch.utils.cmake_prefix_path.
 get_filename_component(torch_flash_mla_PACKAGE "${CMAKE_CURRENT_LIST_DIR}/../../.." ABSOLUTE)
-set(torch_flash_mla_LIBRARY "${torch_flash_mla_PACKAGE}/_C.so")
 set(torch_flash_mla_INCLUDE_DIRS "${torch_flash_mla_PACKAGE}/include")
-
-if(NOT EXISTS "${torch_flash_mla_LIBRARY}")
-  set(torch_flash_mla_FOUND FALSE)
-  set(torch_flash_mla_NOT_FOUND_MESSAGE "${torch_flash_mla_LIBRARY} is missing: the operators were not compiled")
-  return()
-endif()
 
 include(CMakeFindDependencyMacro)
 find_dependency(Torch)
-file(STRINGS "${torch_flash_mla_PACKAGE}/__init__.py" torch_flash_mla_TORCH REGEX "^SUPPORTED_TORCH = ")
-string(REGEX REPLACE "^SUPPORTED_TORCH = \"(.*)\"$" "\\1" torch_flash_mla_TORCH "${torch_flash_mla_TORCH}")
-if(NOT "${Torch_VERSION}." MATCHES "^${torch_flash_mla_TORCH}\\.")
+# The operators use torch's C++ interface: there is a library for each of its series.
+string(REGEX REPLACE "^([0-9]+)\\.([0-9]+).*$" "_C_torch\\1\\2.so" _library "${Torch_VERSION}")
+set(torch_flash_mla_LIBRARY "${torch_flash_mla_PACKAGE}/${_library}")
+if(NOT EXISTS "${torch_flash_mla_LIBRARY}")
+  file(GLOB _present RELATIVE "${torch_flash_mla_PACKAGE}" "${torch_flash_mla_PACKAGE}/_C_torch*.so")
   set(torch_flash_mla_FOUND FALSE)
-  set(torch_flash_mla_NOT_FOUND_MESSAGE
-    "torch_flash_mla is built for torch ${torch_flash_mla_TORCH}.*, but torch ${Torch_VERSION} was found")
+  if(_present)
+    string(REPLACE ";" ", " _present "${_present}")
+    set(torch_flash_mla_NOT_FOUND_MESSAGE
+      "torch_flash_mla has no operators for torch ${Torch_VERSION}: ${_library} is none of ${_present}. Compile it from the \
+source archive, in a Python environment with this torch: pip install --no-build-isolation torch_flash_mla-<version>.tar.gz")
+  else()
+    set(torch_flash_mla_NOT_FOUND_MESSAGE "${torch_flash_mla_LIBRARY} is missing: the operators were not compiled")
+  endif()
   return()
 endif()
 
