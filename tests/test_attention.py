@@ -1,5 +1,7 @@
 """What attention promises besides accuracy: empty rows, splits, determinism, memory, odd inputs."""
 
+import math
+
 import mla_cases
 import pytest
 import torch
@@ -348,13 +350,15 @@ def test_kv_b_form_in_the_reference_is_the_expanded_attention():
 
 
 def test_reference_of_sparse_indices():
-    """Chosen positions are a mask; -1, positions beyond the length and the tail are skipped."""
+    """Chosen positions are a mask; -1, positions beyond the length and the tail are skipped, and a
+    key that is listed twice counts twice."""
     problem = make_problem(Case("scalar", "fp32", heads=2, dims=(16, 8), q_len=2), [30, 12])
     indices = torch.tensor([[[3, -1, 29, 4], [0, 1, 2, 2]], [[11, 12, 5, -1], [40, 0, -1, 7]]])
     topk_length = torch.tensor([4, 3])
-    mask = torch.zeros(2, 1, 2, 30, dtype=torch.bool)
+    mask = torch.full((2, 1, 2, 30), -torch.inf)
     for b, s, positions in [(0, 0, [3, 29, 4]), (0, 1, [0, 1, 2]), (1, 0, [11, 5]), (1, 1, [0])]:
-        mask[b, 0, s, positions] = True
+        mask[b, 0, s, positions] = 0.0
+    mask[0, 0, 1, 2] = math.log(2.0)
     sparse = {"indices": indices, "topk_length": topk_length}
     out, lse = reference.mla_attention(**problem.arguments, **sparse)
     expected, expected_lse = reference.mla_attention(**problem.arguments, attn_mask=mask)

@@ -159,7 +159,7 @@ class TestDisabled:
     def _disable(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TORCH_FLASH_MLA_DISABLE", "1")
         monkeypatch.setattr(
-            torch_flash_mla.ops, "mla_attention_kv_b", lambda *_: pytest.fail("was called")
+            torch_flash_mla.ops, "mla_attention_kv_b", lambda *_, **__: pytest.fail("was called")
         )
 
     @pytest.mark.parametrize("fixed", [None, 64])

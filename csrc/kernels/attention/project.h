@@ -83,13 +83,16 @@ class Ahead {
 
   // The next row; behind the last one, `otherwise`.
   const std::byte* row(const std::byte* otherwise) {
-    block_.data += weight_.stride[1];
-    --block_.rows;
-    while (block_.rows <= 0 || block_.count == 0) {
-      if (next_ >= end_) return otherwise;
-      block_ = block_of_(p_, parts_, next_++);
+    if (block_.rows > 1) {
+      --block_.rows;
+      return block_.data += weight_.stride[1];
     }
-    return block_.data;
+    while (next_ < end_) {
+      block_ = block_of_(p_, parts_, next_++);
+      if (block_.rows > 0 && block_.count > 0) return block_.data;
+    }
+    block_.rows = 0;
+    return otherwise;
   }
 
  private:
