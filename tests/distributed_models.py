@@ -60,6 +60,7 @@ def check_training(model: Any, kv_cache_dtype: str) -> None:
     with patched(model, kv_cache_dtype) as report:
         actual = {name: local(gradient) for name, gradient in gradients(model).items()}
     assert report.patched
+    print(report)
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
         error = (actual[name] - gradient).abs().max()
@@ -72,10 +73,8 @@ def check_text(model: Any, inner: Any, kv_cache_dtype: str) -> None:
     if kv_cache_dtype != "auto":
         cache = rounding_cache(inner, "DynamicCache", kv_cache_dtype)
     text = generate(inner, mode, cache)
-    with patched(model, kv_cache_dtype) as report, torch_flash_mla.force_isa("scalar"):
-        with OpCalls() as calls:
-            assert_same(generate(inner, mode, "default"), text)
-    print(report)
+    with patched(model, kv_cache_dtype), torch_flash_mla.force_isa("scalar"), OpCalls() as calls:
+        assert_same(generate(inner, mode, "default"), text)
     print(f"the operator was called {calls.count} times")
     print(f"{kv_cache_dtype}: same as stock")
 
