@@ -93,16 +93,15 @@ def families_section(results: list[Result]) -> str:
         since[result.version] = sorted(result.working - seen)
         seen |= result.working
     versions = [result.version for result in results]
-    lines = [
-        "Found by structure, and each compared with the stock model in transformers "
-        f"{', '.join(versions[:-1])} and {versions[-1]}:\n"
-    ]
+    parts = []
     for version, names in since.items():
-        if names:
-            named = [f"`{n}`" + (f" ({ALSO[n]})" if n in ALSO else "") for n in names]
-            item = f"- {version}: {', '.join(named)}"
-            lines.append(textwrap.fill(item, 100, subsequent_indent="  ", break_on_hyphens=False))
-    return "\n".join(lines) + "\n"
+        named = ", ".join(f"`{n}`" + (f" ({ALSO[n]})" if n in ALSO else "") for n in names)
+        parts += [f"since {version} {named}"] if names else []
+    text = (
+        "Families are found by structure. Compared with the stock model in transformers "
+        f"{', '.join(versions[:-1])} and {versions[-1]}: {'; '.join(parts)}."
+    )
+    return textwrap.fill(text, 100, break_on_hyphens=False, break_long_words=False) + "\n"
 
 
 def main() -> None:
@@ -129,7 +128,7 @@ def main() -> None:
     if options.readme:
         text = README.read_text()
         begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-        README.write_text(text[:begin] + "\n" + families_section(results) + "\n" + text[end:])
+        README.write_text(text[:begin] + families_section(results) + text[end:])
     if any(result.counts["failed"] or not result.counts["passed"] for result in results):
         sys.exit(1)
 
