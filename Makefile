@@ -6,7 +6,8 @@
 #   make test-transformers    patched models against stock in several releases of transformers
 #   make test-matrix          and wrapped, quantised, trained, distributed ones
 #   make test TORCH=2.14.1
-#                     the same against the wheel in dist/, in an environment of its own with that torch
+#                     the same against the wheel in dist/, in an environment of its own with that
+#                     torch, which KEEP=1 keeps; PYTHON=python3.12 chooses the interpreter
 #   make test-vllm    the tests with vLLM, in an environment of their own (.venv-vllm, 3.5 GB)
 #   make lint         ruff, mypy, clang-format;  make format repairs what they can
 #   make bench        rate of the operator per cache format, beside the instruction roof and PyTorch
@@ -29,6 +30,7 @@ SELECT := $(if $(SLOW),-m "not exhaustive")
 PYTEST_ARGS ?=
 
 TORCH :=
+KEEP :=
 SERIES :=
 
 # Each step leaves a stamp and is repeated only when its inputs are newer.
@@ -55,7 +57,8 @@ test: setup
 else
 test:
 	@ls dist/*.whl > /dev/null || { echo "There is no wheel to test: make wheel"; exit 1; }
-	$(PYTHON) tools/try_wheel.py $(TORCH) "$$(ls -t dist/*.whl | head -n 1)" -- $(SELECT) $(PYTEST_ARGS)
+	$(PYTHON) tools/try_wheel.py $(TORCH) $(if $(KEEP),--keep) "$$(ls -t dist/*.whl | head -n 1)" \
+	  -- $(SELECT) $(PYTEST_ARGS)
 endif
 
 # README=1 also writes the list of families in README.md.
