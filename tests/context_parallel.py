@@ -22,13 +22,13 @@ from transformers import PreTrainedModel, set_seed
 from transformers_cases import TINY_MODEL, small_model, tiny_model
 from transformers_compare import CACHE_ARGUMENT, assistant_of, prompt
 
-from torch_flash_mla.formats import PACKED_FORMATS
 from torch_flash_mla.integrations.transformers import MLACache, patch
 
 # Of 2, 4 and 1 ranks, as they come: pages that are filled, begun, and empty.
 LENGTHS = (3, 8, 9, 40, 64, 65)
 FAMILIES = ("deepseek_v3", "longcat_flash", "kimi_linear", "dots3_note", "hy_v4", "glm5_next")
 LONG = 3000
+PACKED = ("q8_kv", "q4_kv")
 
 MakeCache = Callable[..., MLACache]
 Results = dict[str, Tensor]
@@ -190,8 +190,8 @@ def refusals(make: Maker, folder: Path) -> dict[str, str]:
         NotImplementedError,
         lambda: run(model, ids, make(model), output_attentions=True),
     )
-    logits = model(ids, **{CACHE_ARGUMENT: make(model)}).logits
-    assert torch.equal(logits, first)
+    logits = model(ids, **{CACHE_ARGUMENT: make(model, block_size=4)}).logits
+    assert (logits - first).abs().max() < 1e-4 * first.abs().max()
     refused("gradients", NotImplementedError, logits.sum().backward)
     refused("fixed", ValueError, lambda: make(model, max_cache_len=64))
     refused("no group", TypeError, lambda: MLACache(model.config, process_group="gloo"))
@@ -233,7 +233,7 @@ CASES: dict[str, Callable[[Maker], Results]] = {
     "long, bfloat16": partial(long_context, dtype=torch.bfloat16, kv_cache_dtype="auto"),
     **{
         f"long, {name}": partial(long_context, dtype=torch.float32, kv_cache_dtype=name)
-        for name in PACKED_FORMATS
+        for name in PACKED
     },
 }
 

@@ -9,19 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from context_parallel import CASES, Maker, Results, files
+from context_parallel import CASES, PACKED, Maker, Results, files
 from mla_cases import FLOAT_ERROR
 from programs import ROOT, run
 from torch import Tensor
 from transformers_cases import tiny_model
 from transformers_compare import TOLERANCE
 
-from torch_flash_mla.formats import PACKED_FORMATS
 from torch_flash_mla.integrations.transformers import MLACache
 from torch_flash_mla.integrations.transformers.context_parallel import ContextShare
 
 pytestmark = pytest.mark.timeout(600)
-SIZES = (2, 4)
 
 
 def torchrun(size: int, program: str, *arguments: Path | str, **environment: str) -> str:
@@ -42,7 +40,7 @@ def _one_thread(_reproducible: None) -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module", params=SIZES)
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """The results of all cases by rank."""
     folder = tmp_path_factory.mktemp("ranks")
@@ -101,7 +99,7 @@ def test_long_context_in_bfloat16(ranks: list[Any], alone: dict[str, Results]) -
         assert several <= 1.1 * one
 
 
-@pytest.mark.parametrize("name", PACKED_FORMATS)
+@pytest.mark.parametrize("name", PACKED)
 def test_long_context_in_packed_pages(
     ranks: list[Any], alone: dict[str, Results], name: str
 ) -> None:
