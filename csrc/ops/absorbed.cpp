@@ -4,6 +4,8 @@
 #include <ATen/ops/from_blob.h>
 
 #include <algorithm>
+#include <cstring>
+#include <limits>
 
 #include "kernels/call/driver.h"
 #include "kernels/call/visible.h"
@@ -143,6 +145,23 @@ void attend_multiplying(AttentionParams p, const Projections& w) {
   out.copy_(values.view({heads, tokens.sequences, tokens.q_len, w.value}).movedim(0, 2));
 }
 
+// The projection makes NaN of the zeros of a row without keys where the weight is not finite.
+void clear_rows_without_keys(const AttentionParams& p, int32_t value) {
+  constexpr float kNone = -std::numeric_limits<float>::infinity();
+  const auto bytes = static_cast<size_t>(value * size_of(p.out_type));
+  for (int32_t b = 0; b < p.batch; ++b) {
+    const QueryTokens tokens = query_tokens(p, b);
+    for (int32_t h = 0; h < p.heads; ++h) {
+      for (int64_t t = tokens.begin; t < tokens.begin + tokens.count; ++t) {
+        if (p.lse[b * p.lse_stride[0] + h * p.lse_stride[1] + t * p.lse_stride[2]] != kNone)
+          continue;
+        std::memset(p.out.data + b * p.out.stride[0] + t * p.out.stride[1] + h * p.out.stride[2], 0,
+                    bytes);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void attend_absorbed(const AttentionParams& p, const Projections& w) {
@@ -162,6 +181,7 @@ void attend_absorbed(const AttentionParams& p, const Projections& w) {
     for_each_part(p, at_once(kMultipliedBytes, token_bytes),
                   [&](const AttentionParams& part) { attend_multiplying(part, w); });
   }
+  clear_rows_without_keys(p, w.value);
 }
 
 }  // namespace flashmla
