@@ -438,11 +438,11 @@ def test_what_sparse_prefill_refuses() -> None:
             interface.flash_mla_sparse_fwd(*changed, SCALE, L)
     with pytest.raises(TypeError, match="q: got NoneType, expected a tensor"):
         interface.flash_mla_sparse_fwd(None, kv, indices, SCALE, L)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="^kv: dtype Double"):
+    with pytest.raises(TypeError, match=r"^kv: dtype Double"):
         interface.flash_mla_sparse_fwd(q, kv.double(), indices, SCALE, L)
-    with pytest.raises(ValueError, match="^d_v: 0, expected"):
+    with pytest.raises(ValueError, match=r"^d_v: 0, expected"):
         interface.flash_mla_sparse_fwd(q, kv, indices, SCALE, 0)
-    with pytest.raises(ValueError, match="^sm_scale: inf, expected"):
+    with pytest.raises(ValueError, match=r"^sm_scale: inf, expected"):
         interface.flash_mla_sparse_fwd(q, kv, indices, float("inf"), L)
     with pytest.raises(ValueError, match="indexer_topk: 34, expected 0 to 33"):
         interface.flash_mla_sparse_fwd(q, kv, indices, SCALE, L, indexer_topk=34)
