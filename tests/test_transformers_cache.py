@@ -8,11 +8,13 @@ import copy
 import io
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from programs import load_program
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers_cases import TINY_MODEL, mla_layers, small_model, tiny_model
@@ -441,21 +443,30 @@ class TestFormat:
     @pytest.mark.skipif(
         not (TINY_MODEL / "model.safetensors").exists(), reason="examples/tiny_model has no weights"
     )
-    def test_perplexity_shows_what_a_format_costs(self) -> None:
-        """Of whole windows through ``model(x)``, as evaluation harnesses do it."""
+    def test_perplexity_shows_what_a_format_costs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of whole windows through ``model(x)``, as evaluation harnesses do it: what quality.py
+        measures with caches of its own, in chunks."""
+        monkeypatch.syspath_prepend(str(TINY_MODEL))
+        quality = load_program("examples/tiny_model/quality.py")
         model = tiny_model()
-        source = torch.tensor([list(Path(__file__).read_bytes()[:512])])
+        windows = quality.held_out_windows(2)
 
-        def loss(**arguments: Any) -> float:
+        def by_quality(new_cache: Callable[[], Any]) -> Any:
+            losses, _ = quality.window_losses(model, windows, new_cache, chunk=128, batch=2)
+            return losses / (quality.CONTEXT - 1)
+
+        def by_call(**arguments: Any) -> Any:
             with torch.no_grad():
-                return float(model(source, labels=source, **arguments).loss)
+                calls = [model(x[None], labels=x[None], **arguments) for x in windows]
+            return torch.tensor([float(out.loss) for out in calls], dtype=torch.float64).numpy()
 
-        expected = loss()
+        stock = by_quality(lambda: DynamicCache(config=model.config))
         patch(model, "q4_kv")
-        actual = loss()
-        assert actual == loss(**{CACHE_ARGUMENT: MLACache(model.config, "q4_kv")})
-        assert abs(actual - expected) > 1e-4
-        assert loss(use_cache=False) == pytest.approx(expected, abs=1e-5)
+        expected = by_quality(lambda: MLACache(model.config, "q4_kv"))
+        cost = abs(expected - stock).min()
+        assert cost > 1e-4
+        assert abs(by_call() - expected).max() < cost / 10
+        assert abs(by_call(use_cache=False) - stock).max() < cost / 10
 
     def test_training_gets_gradients(self, stock: PreTrainedModel, ids: Tensor) -> None:
         """use_cache is on by default: a cache of pages would end the gradient."""
