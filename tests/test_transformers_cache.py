@@ -21,6 +21,7 @@ from transformers_cases import TINY_MODEL, mla_layers, small_model, tiny_model
 from transformers_compare import CACHE_ARGUMENT, prompt, watch
 
 import torch_flash_mla
+from torch_flash_mla import ops
 from torch_flash_mla.integrations.transformers import (
     DecoderStep,
     MLACache,
@@ -28,6 +29,7 @@ from torch_flash_mla.integrations.transformers import (
     patched,
     unpatch,
 )
+from torch_flash_mla.integrations.transformers.cache import cache_layer_of
 from torch_flash_mla.integrations.transformers.fingerprint import difference, fingerprint
 
 FAMILY = "deepseek_v3"
@@ -71,6 +73,10 @@ def text(model: Any, ids: Tensor, **arguments: Any) -> Tensor:
     mask = torch.ones_like(ids)
     arguments = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask, **arguments}
     return model.generate(ids, **arguments)
+
+
+def _out_of_memory(*args: Any, **kwargs: Any) -> None:
+    raise torch.OutOfMemoryError("injected")
 
 
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 5e-4) -> None:
@@ -135,12 +141,44 @@ class TestLeader:
         assert_near(steps(model, ids), expected)  # the cache that a call makes
 
     def test_two_stages(self, stock: PreTrainedModel, ids: Tensor) -> None:
-        """The second one continues the step of the first."""
+        """The second one continues the step of the first, and cannot begin one."""
         model = copy.deepcopy(stock)
         patch(model)
         cache = MLACache(model.config)
         expected = steps(stock, ids)
         assert_near(steps(model, ids, cache), expected)
+        latent, rope = torch.zeros(2, 1, 1, 64), torch.zeros(2, 1, 1, 32)
+        with pytest.raises(RuntimeError, match=r"pool 1 .* got rows twice since pool 0"):
+            cache.update(latent, rope, 1)
+
+    def test_a_layer_that_failed_is_repeated(
+        self, stock: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Without the layer that came first."""
+        cache = MLACache(stock.config)
+        latent, rope = torch.zeros(2, 1, 1, 64), torch.zeros(2, 1, 1, 32)
+
+        def update(layer: int) -> None:
+            carrier, _ = cache.update(latent, rope, layer)
+            cache_layer_of(carrier).take()
+
+        for _ in range(2):  # a first use, and a later one
+            update(0)
+            with monkeypatch.context() as context:
+                context.setattr(ops, "concat_and_cache_mla", _out_of_memory)
+                with pytest.raises(torch.OutOfMemoryError):
+                    update(1)
+            update(1)
+        assert cache.get_seq_length() == 2
+
+    def test_a_leader_that_is_compiled(self, stock: PreTrainedModel, ids: Tensor) -> None:
+        """And others that are not."""
+        model = copy.deepcopy(stock)
+        patch(model)
+        expected = steps(stock, ids)
+        torch.compiler.reset()
+        model.model.layers[0].compile(backend="eager")
+        assert_near(steps(model, ids, MLACache(model.config)), expected)
 
     def test_a_loaded_cache(self, ids: Tensor, tmp_path: Path) -> None:
         model = small_model(FAMILY, num_hidden_layers=3)
