@@ -6,7 +6,10 @@
 #   make test-transformers    patched models against stock in several releases of transformers
 #   make test-matrix          and wrapped, quantised, trained, distributed ones
 #   make test TORCH=2.14.1
-#                     the same against the wheel in dist/, in an environment of its own with that torch
+#                     the same against the wheel in dist/, in an environment of its own with that
+#                     torch, which KEEP=1 keeps; PYTHON=python3.12 chooses the interpreter
+#   make test-wheel   the library of each series on that series' libtorch, up to 5 GB of downloads the
+#                     first time;  make test-wheel SERIES='2.10 2.12': of some, beside the installed one
 #   make test-vllm    the tests with vLLM, in an environment of their own (.venv-vllm, 3.5 GB)
 #   make lint         ruff, mypy, clang-format;  make format repairs what they can
 #   make bench        rate of the operator per cache format, beside the instruction roof and PyTorch
@@ -29,6 +32,7 @@ SELECT := $(if $(SLOW),-m "not exhaustive")
 PYTEST_ARGS ?=
 
 TORCH :=
+KEEP :=
 SERIES :=
 
 # Each step leaves a stamp and is repeated only when its inputs are newer.
@@ -42,7 +46,7 @@ VERSIONS ?= 5.15.0 5.16.1 5.18.0 5.20.2 5.22.2 5.24.0
 EXTRAS := torchao==0.18.0 optimum-quanto==0.2.7 bitsandbytes==0.50.2 compressed-tensors==0.20.0 \
   fastapi uvicorn openai
 
-.PHONY: setup demo test test-transformers matrix test-matrix vllm test-vllm lint format bench docs wheel clean
+.PHONY: setup demo test test-transformers matrix test-matrix test-wheel vllm test-vllm lint format bench docs wheel clean
 setup: $(STAMPS)/build $(STAMPS)/install
 
 demo: setup
@@ -55,7 +59,8 @@ test: setup
 else
 test:
 	@ls dist/*.whl > /dev/null || { echo "There is no wheel to test: make wheel"; exit 1; }
-	$(PYTHON) tools/try_wheel.py $(TORCH) "$$(ls -t dist/*.whl | head -n 1)" -- $(SELECT) $(PYTEST_ARGS)
+	$(PYTHON) tools/try_wheel.py $(TORCH) $(if $(KEEP),--keep) "$$(ls -t dist/*.whl | head -n 1)" \
+	  -- $(SELECT) $(PYTEST_ARGS)
 endif
 
 # README=1 also writes the list of families in README.md.
@@ -68,6 +73,9 @@ matrix: setup
 test-matrix: matrix
 	build/matrix/bin/python -m pytest -m slow tests/test_transformers_matrix.py tests/test_serving.py \
 	  $(PYTEST_ARGS)
+
+test-wheel: setup
+	FLASHMLA_TEST_SERIES='$(or $(SERIES),all)' $(PY) -m pytest -m slow tests/test_wheel.py -rs $(PYTEST_ARGS)
 
 # vLLM pins its own torch build and transformers. -W ignore: warnings there are about other packages.
 vllm: $(VLLM_STAMPS)/plugin

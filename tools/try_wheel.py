@@ -67,6 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
         pip(f"torch=={options.torch}")
         # One call: pip must not exchange torch to please another package.
         pip(f"{options.wheel.resolve()}[test,transformers]", f"torch=={options.torch}")
+        # An environment that was kept may have another wheel of the same version.
+        pip("--force-reinstall", "--no-deps", str(options.wheel.resolve()))
         sources = folder / "sources"
         shutil.rmtree(sources, ignore_errors=True)
         copy_sources(sources)

@@ -23,6 +23,7 @@ which are ordinary attention (``torch.nn.functional.scaled_dot_product_attention
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -131,7 +132,8 @@ def flash_mla_with_kvcache(
         if block_table is None or cache_seqlens is None:
             missing = "block_table" if block_table is None else "cache_seqlens"
             raise ValueError(f"{missing}: got None, which is for sparse attention (indices)")
-        out, lse = ops.mla_attention(
+        out, lse = _attention(
+            {"kv_cache": "k_cache"},
             q,
             k_cache,
             block_table,
@@ -152,11 +154,16 @@ def flash_mla_with_kvcache(
         raise ValueError("extra_topk_length: given without extra_k_cache, expected None")
 
     def attend(
-        cache: Tensor, rows: Tensor, counts: Tensor | None, sink: Tensor | None
+        cache: Tensor,
+        rows: Tensor,
+        counts: Tensor | None,
+        sink: Tensor | None,
+        names: dict[str, str],
     ) -> tuple[Tensor, Tensor]:
         """Attention to rows of a pool: the pool as one long sequence, the same for all."""
         batch, blocks = q.shape[0], cache.shape[0]
-        return ops.mla_attention(
+        return _attention(
+            names,
             q,
             cache,
             torch.arange(blocks, dtype=torch.int32, device="cpu").expand(batch, blocks),
@@ -169,12 +176,18 @@ def flash_mla_with_kvcache(
             kv_cache_dtype=kv_cache_dtype,
         )
 
+    names = {"kv_cache": "k_cache"}
     if extra_k_cache is None or extra_indices_in_kvcache is None:
-        out, lse = attend(k_cache, indices, topk_length, attn_sink)
+        out, lse = attend(k_cache, indices, topk_length, attn_sink, names)
     else:
+        extra_names = {
+            "kv_cache": "extra_k_cache",
+            "indices": "extra_indices_in_kvcache",
+            "topk_length": "extra_topk_length",
+        }
         parts = (
-            *attend(k_cache, indices, topk_length, None),
-            *attend(extra_k_cache, extra_indices_in_kvcache, extra_topk_length, None),
+            *attend(k_cache, indices, topk_length, None, names),
+            *attend(extra_k_cache, extra_indices_in_kvcache, extra_topk_length, None, extra_names),
         )
         out, lse = ops.merge_attn_states(*parts, attn_sink=attn_sink)
     return out, _plus_infinity(lse)
@@ -219,9 +232,9 @@ def flash_mla_sparse_fwd(
         ValueError: shapes that do not fit; and all that
             :func:`torch_flash_mla.ops.mla_attention` raises.
     """
+    _require_tensors(q=q, kv=kv, indices=indices)
     if q.dim() != 3:
         raise ValueError(f"q: shape {list(q.shape)}, expected [Sq, H, D]")
-    _require_tensors(q=q, kv=kv, indices=indices)
     if kv.dim() != 3 or kv.shape[1] != 1:
         raise ValueError(f"kv: shape {list(kv.shape)}, expected [S, 1, D]")
     if indices.dim() != 3 or indices.shape[:2] != (q.shape[0], 1):
@@ -237,7 +250,8 @@ def flash_mla_sparse_fwd(
 
     def attend(rows: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
         """Every query is a sequence of its own, over the same rows."""
-        out, lse = ops.mla_attention(
+        out, lse = _attention(
+            {"kv_cache": "kv", "head_dim_v": "d_v", "softmax_scale": "sm_scale"},
             q.unsqueeze(1),
             cache.expand(q_len, *cache.shape),
             None,
@@ -258,6 +272,17 @@ def flash_mla_sparse_fwd(
         return out, max_logits, lse
     counts = None if topk_length is None else topk_length.clamp(max=indexer_topk)
     return out, max_logits, lse, attend(indices[:, :, :indexer_topk], counts)[1]
+
+
+def _attention(names: dict[str, str], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """:func:`torch_flash_mla.ops.mla_attention`, whose errors say ``names`` for its arguments."""
+    try:
+        return ops.mla_attention(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        text = str(error)
+        for name, ours in names.items():
+            text = re.sub(rf"\b{name}\b", ours, text)
+        raise type(error)(text) from None
 
 
 def _require_tensors(**arguments: object) -> None:

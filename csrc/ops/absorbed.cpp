@@ -4,6 +4,8 @@
 #include <ATen/ops/from_blob.h>
 
 #include <algorithm>
+#include <cstring>
+#include <limits>
 
 #include "kernels/call/driver.h"
 #include "kernels/call/visible.h"
@@ -73,6 +75,27 @@ int64_t latent_row(int64_t latent) {
   return ((latent + kLine - 1) / kLine | 1) * kLine;
 }
 
+// The zeros of rows without keys stay zeros where the weight is not finite. latents: those that
+// were multiplied by it, [H, tokens, row]; NaN if all logits of a row are minus infinity, which has
+// the same log-sum-exp.
+void clear_rows_without_keys(const AttentionParams& p, const PartTokens& tokens, int32_t value,
+                             const std::byte* latents, int64_t row, ScalarType type) {
+  constexpr float kNone = -std::numeric_limits<float>::infinity();
+  constexpr std::byte kZero[4] = {};
+  const auto bytes = static_cast<size_t>(value * size_of(p.q_type));
+  const QueryRows out = tokens.rows(p.out);
+  const float* lse = p.lse + tokens.first * p.lse_stride[2];
+  for (int64_t h = 0; h < p.heads; ++h) {
+    for (int64_t s = 0; s < tokens.sequences; ++s) {
+      for (int64_t t = 0; t < tokens.q_len; ++t, latents += row) {
+        if (lse[s * p.lse_stride[0] + h * p.lse_stride[1] + t * p.lse_stride[2]] != kNone) continue;
+        if (std::memcmp(latents, kZero, static_cast<size_t>(size_of(type))) != 0) continue;
+        std::memset(out.data + s * out.stride[0] + t * out.stride[1] + h * out.stride[2], 0, bytes);
+      }
+    }
+  }
+}
+
 void attend_streaming(const AttentionParams& p, const Projections& w) {
   const PartTokens tokens(p);
   const int64_t row = latent_row(p.cache.latent), floats = 2 * p.heads * tokens.count() * row;
@@ -94,6 +117,8 @@ void attend_streaming(const AttentionParams& p, const Projections& w) {
   projections.out_latent = latents + floats / 2;
   projections.latent_row = static_cast<int32_t>(row);
   projected_attention(p, projections, thread_plan(), torch_executor());
+  clear_rows_without_keys(p, tokens, w.value, reinterpret_cast<std::byte*>(latents + floats / 2),
+                          row * 4, ScalarType::kF32);
 }
 
 // Rows of the caller's as a tensor [sequences, q_len, H, width].
@@ -123,7 +148,8 @@ Tensor project(const Tensor& out_latent, const Tensor& uv) {
   return at::bmm(out_latent, uv.contiguous().transpose(1, 2));
 }
 
-void attend_multiplying(AttentionParams p, const Projections& w) {
+void attend_multiplying(const AttentionParams& call, const Projections& w) {
+  AttentionParams p = call;
   const PartTokens tokens(p);
   const at::ScalarType type = w.w_kv_b.scalar_type();
   const int64_t heads = p.heads;
@@ -141,6 +167,8 @@ void attend_multiplying(AttentionParams p, const Projections& w) {
   attention(p, thread_plan(), torch_executor());
   const Tensor values = project(out_latent, dense_rows(w.uv().to(working)));
   out.copy_(values.view({heads, tokens.sequences, tokens.q_len, w.value}).movedim(0, 2));
+  clear_rows_without_keys(call, tokens, w.value, bytes(out_latent),
+                          out_latent.size(2) * item_bytes(out_latent), p.out_type);
 }
 
 }  // namespace

@@ -24,9 +24,13 @@ def prompts(vocabulary: int) -> list[list[int]]:
 
 # What config.json of published checkpoints says, vLLM reads, and no transformers writes any more.
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "deepseek_v3": {"topk_method": "noaux_tc"},
+    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "glm4_moe_lite": {"topk_method": "noaux_tc", "first_k_dense_replace": 1},
-    "longcat_flash": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True},
+    "longcat_flash": {
+        "mla_scale_q_lora": True,
+        "mla_scale_kv_lora": True,
+        "zero_expert_type": "identity",
+    },
 }
 
 

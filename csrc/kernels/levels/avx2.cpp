@@ -1,4 +1,4 @@
-// isa/avx2.cpp: the kernels of one level, compiled with that level's flags.
+// levels/avx2.cpp: the kernels of one level, compiled with that level's flags.
 #include "kernels/simd/avx2.h"
 
 #include "kernels/levels/level.h"

@@ -1,4 +1,4 @@
-// isa/avx2_vnni.cpp: the kernels of one level, compiled with that level's flags.
+// levels/avx2_vnni.cpp: the kernels of one level, compiled with that level's flags.
 #include "kernels/simd/avx2_vnni.h"
 
 #include "kernels/levels/level.h"

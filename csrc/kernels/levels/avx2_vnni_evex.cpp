@@ -1,4 +1,4 @@
-// isa/avx2_vnni_evex.cpp: the kernels of one level, compiled with that level's flags.
+// levels/avx2_vnni_evex.cpp: the kernels of one level, compiled with that level's flags.
 #include "kernels/levels/level.h"
 #include "kernels/simd/avx2_vnni.h"
 

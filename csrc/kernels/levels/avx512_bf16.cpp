@@ -1,4 +1,4 @@
-// isa/avx512_bf16.cpp: the kernels of one level, compiled with that level's flags.
+// levels/avx512_bf16.cpp: the kernels of one level, compiled with that level's flags.
 #include "kernels/simd/avx512_bf16.h"
 
 #include "kernels/levels/level.h"

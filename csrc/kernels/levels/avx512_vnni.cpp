@@ -1,4 +1,4 @@
-// isa/avx512_vnni.cpp: the kernels of one level, compiled with that level's flags.
+// levels/avx512_vnni.cpp: the kernels of one level, compiled with that level's flags.
 #include "kernels/levels/level.h"
 #include "kernels/simd/avx512.h"
 

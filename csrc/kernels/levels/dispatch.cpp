@@ -1,5 +1,5 @@
 // dispatch.cpp: the list of levels and the choice among them. Adding an instruction set: its
-// isa/*.cpp, one line here.
+// levels/*.cpp, one line here.
 #include "kernels/levels/dispatch.h"
 
 #include <atomic>

@@ -1,4 +1,4 @@
-// isa/onednn.cpp: avx512_bf16 with the products of whole tiles lent (lent_products.h). What the
+// levels/onednn.cpp: avx512_bf16 with the products of whole tiles lent (lent_products.h). What the
 // engine does not compute (f32 and int16, small row blocks) and all else is avx512_bf16's.
 #include "kernels/attention/lent_products.h"
 #include "kernels/levels/level.h"

@@ -1,4 +1,4 @@
-// isa/scalar.cpp: the kernels of one level, compiled with that level's flags.
+// levels/scalar.cpp: the kernels of one level, compiled with that level's flags.
 #include "kernels/simd/scalar.h"
 
 #include "kernels/levels/level.h"

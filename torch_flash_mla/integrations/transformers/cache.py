@@ -143,6 +143,7 @@ class _SharedPages:
         self.context_length = 0  # of which ``paged`` holds a share; not counted without a context
         self.copies, self.copied_tokens = 1, 0  # rows that come equal, for how many tokens
         self.leader: int | None = None  # index of the layer that comes first in a step
+        self.written: tuple[int, ...] = ()  # layers that have their rows of the present step
         self.carrier_is_out = False  # no attention has taken it yet
         self.paged: PagedLatentCache | None = None
 
@@ -241,9 +242,11 @@ class LatentPages(Pages, CacheLayerMixin):
                 "model that stays stock needs a cache of transformers. (If a call was interrupted, "
                 "reset() the cache.)"
             )
-        first = self.pages.leader is None
+        first, compiling = self.pages.leader is None, torch.compiler.is_compiling()
+        if not (first or self.is_leader or compiling):
+            self._check_step()
         begins = first or self.is_leader or not self.is_initialized
-        guarded = begins and not torch.compiler.is_compiling()
+        guarded = begins and not compiling
         with self._unchanged_on_error() if guarded else contextlib.nullcontext():
             if first:
                 self.pages.leader = self.index
@@ -255,6 +258,12 @@ class LatentPages(Pages, CacheLayerMixin):
                 self._reserve(rows[0])
             paged.append(self.index, *self._kept(rows))
             self.keys, self.values = self._carriers()
+        # What raised above may be repeated. A leader that is compiled begins steps of layers that
+        # are not.
+        if self.is_leader:
+            self.pages.written = (self.index,)
+        elif not compiling:
+            self.pages.written += (self.index,)
         self.pages.carrier_is_out = True
         # Not self.keys itself: a cycle would keep the pages until the garbage collector comes.
         return self.carriers(self._nan, paged.batch, self._carrier_length())
@@ -265,6 +274,14 @@ class LatentPages(Pages, CacheLayerMixin):
             raise ValueError(f"pool.{self.index}: missing, or without a dtype")
         self._make_carrier(self.dtype)
         self.keys, self.values = self._carriers()
+
+    def _check_step(self) -> None:
+        """Refuses rows of a step that the leader has not begun: there is no room for them."""
+        if self.index in self.pages.written:
+            raise RuntimeError(
+                f"pool {self.index} of an MLACache got rows twice since pool {self.pages.leader}, "
+                "which came first, got any: a cache serves one model, or the same part of it"
+            )
 
     def _reserve(self, rows: Tensor) -> None:
         """Makes room for a step, in all layers: ``rows`` are the latents [B, T, L] of this one."""
