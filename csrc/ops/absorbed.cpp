@@ -156,8 +156,8 @@ void attend_multiplying(const AttentionParams& call, const Projections& w) {
   const Tensor q = as_tensor(p.q, tokens, heads, w.nope, type);
   const Tensor out = as_tensor(p.out, tokens, heads, w.value, type);
   // ATen's fp16 products are slow on CPUs without fp16 arithmetic, and a latent query rounded to
-  // fp16 may overflow.
-  const at::ScalarType working = type == at::kHalf ? at::kFloat : type;
+  // fp16 may overflow. The two products have the same type.
+  const at::ScalarType working = product_type(product_type(type, w.nope), p.cache.latent);
   const Tensor by_head = q.movedim(2, 0).reshape({heads, tokens.count(), w.nope});
   const Tensor q_latent = at::bmm(by_head.to(working), dense_rows(w.uk().to(working)));
   const Tensor out_latent = uninitialised(q_latent.sizes(), working);
