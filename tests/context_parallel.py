@@ -18,7 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import PreTrainedModel, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers.distributed import DistributedConfig
 from transformers_cases import TINY_MODEL, small_model, tiny_model
 from transformers_compare import CACHE_ARGUMENT, assistant_of, prompt
 
@@ -193,6 +194,15 @@ def refusals(make: Maker, folder: Path) -> dict[str, str]:
     logits = model(ids, **{CACHE_ARGUMENT: make(model, block_size=4)}).logits
     assert (logits - first).abs().max() < 1e-4 * first.abs().max()
     refused("gradients", NotImplementedError, logits.sum().backward)
+    folder_of_model = folder / "model"
+    if rank == 0:
+        small_model("deepseek_v2").save_pretrained(folder_of_model)
+    dist.barrier()
+    split = AutoModelForCausalLM.from_pretrained(
+        folder_of_model, distributed_config=DistributedConfig(tp_plan="auto")
+    )
+    patch(split)
+    refused("tp_plan", NotImplementedError, lambda: run(split, ids, make(split)))
     refused("fixed", ValueError, lambda: make(model, max_cache_len=64))
     refused("no group", TypeError, lambda: MLACache(model.config, process_group="gloo"))
     small = dist.new_group([0])

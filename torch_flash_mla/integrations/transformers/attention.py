@@ -36,7 +36,7 @@ from torch_flash_mla.integrations.transformers.selection import (
     expand,
     passes_latents,
 )
-from torch_flash_mla.integrations.transformers.weights import kv_b_weight
+from torch_flash_mla.integrations.transformers.weights import kv_b_weight, reading
 
 Mask: TypeAlias = Tensor | BlockMask | None
 
@@ -129,7 +129,9 @@ def mla_attention_forward(
             if cached.context is not None:
                 raise NotImplementedError(
                     "an MLACache with a process_group has neither dropout nor attention weights, "
-                    "and kv_b_proj must be a matrix: no process holds all keys"
+                    "and kv_b_proj must be a matrix (this one: "
+                    f"{reading(module.kv_b_proj, key.shape[3], query.dtype)}; with tp_plan it is "
+                    "none): no process holds all keys"
                 )
             key, value = cached.gather(key.shape[2], query.dtype)
         key, value = expand(module, key, value)

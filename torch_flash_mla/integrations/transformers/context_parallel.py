@@ -203,9 +203,7 @@ class ContextShare:
             sample,
             0.01 * float(sample.abs().max()),
             f"kv_b_proj (layer {layer} of the cache)",
-            "every rank holds the same model. Ranks that share out its heads (tp_plan) cannot "
-            "share out the context too: that takes a device mesh of two dimensions, heads along "
-            "one, the process_group of the cache along the other",
+            "every rank holds the same model, with all of its heads",
         )
         self._compared.add(layer)
 
