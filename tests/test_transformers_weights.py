@@ -479,7 +479,7 @@ class TestContents:
         """Slots that are written, and functions replaced by others at the same address."""
 
         class Rule:
-            __slots__ = ("factor",)
+            __slots__ = ("__weakref__", "factor")
 
             def __init__(self, factor: float) -> None:
                 self.factor = factor

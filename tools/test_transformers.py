@@ -98,7 +98,7 @@ def families_section(results: list[Result]) -> str:
         named = ", ".join(f"`{n}`" + (f" ({ALSO[n]})" if n in ALSO else "") for n in names)
         parts += [f"since {version} {named}"] if names else []
     text = (
-        "Families are found by structure. Compared with the stock model in transformers "
+        "Families are found by structure. Compared with stock in transformers "
         f"{', '.join(versions[:-1])} and {versions[-1]}: {'; '.join(parts)}."
     )
     return textwrap.fill(text, 100, break_on_hyphens=False, break_long_words=False) + "\n"

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import enum
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
@@ -230,10 +230,11 @@ class _Held:
         if isinstance(value, (set, frozenset)):
             return frozenset(map(self._look, value))
         if _package(kind) in self._packages and not callable(value):
-            self._seen[id(value)] = value
-            slots = (x for cls in kind.__mro__ for x in _names(vars(cls).get("__slots__", ())))
-            attributes = {x: getattr(value, x) for x in slots if hasattr(value, x)}
-            return kind, self._look({**attributes, **getattr(value, "__dict__", {})})
+            attributes = {x: getattr(value, x) for x in _slots(kind) if hasattr(value, x)}
+            attributes.update(getattr(value, "__dict__", {}))
+            if attributes:
+                self._seen[id(value)] = value
+                return kind, self._look(attributes)
         return _Same(value)
 
     def _look_at_tensor(self, tensor: Tensor) -> Any:
@@ -278,8 +279,12 @@ class _Same:
         return self._hash
 
 
-def _names(slots: str | Iterable[str]) -> Iterable[str]:
-    return (slots,) if isinstance(slots, str) else slots
+def _slots(cls: type[Any]) -> Iterator[str]:
+    for base in cls.__mro__:
+        names = vars(base).get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else names:
+            if name not in ("__dict__", "__weakref__"):
+                yield name
 
 
 def _has_memory(tensor: Tensor) -> bool:
