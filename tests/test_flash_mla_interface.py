@@ -446,3 +446,5 @@ def test_what_sparse_prefill_refuses() -> None:
         interface.flash_mla_sparse_fwd(q, kv, indices, float("inf"), L)
     with pytest.raises(ValueError, match="indexer_topk: 34, expected 0 to 33"):
         interface.flash_mla_sparse_fwd(q, kv, indices, SCALE, L, indexer_topk=34)
+    with pytest.raises(TypeError, match="indexer_topk: got str, expected an int"):
+        interface.flash_mla_sparse_fwd(q, kv, indices, SCALE, L, indexer_topk="33")

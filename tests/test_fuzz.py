@@ -3,7 +3,6 @@ hangs get a name. And runs of it, short here and longer in continuous integratio
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -268,9 +267,6 @@ def test_sanitized_calls() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("tests.fuzz.files") is None, reason="no fuzzer of files yet"
-)
 def test_damaged_files() -> None:
     assert fuzz("5", "1000", "--kind", "files", timeout=600) == "1000 passed"
 

@@ -250,6 +250,8 @@ def flash_mla_sparse_fwd(
         raise ValueError(
             f"indices: shape {list(indices.shape)}, expected [Sq, 1, topk] with Sq = {q.shape[0]}"
         )
+    if not isinstance(indexer_topk, int):
+        raise TypeError(f"indexer_topk: got {type(indexer_topk).__name__}, expected an int")
     if not 0 <= indexer_topk <= indices.shape[2]:
         raise ValueError(
             f"indexer_topk: {indexer_topk}, expected 0 to {indices.shape[2]} (indices.size(2))"

@@ -283,7 +283,9 @@ def _attend(
         nan_q, bad_q = nan_q | nan_w, bad_q | bad_w
         w = np.where(np.isfinite(w), w, 0)
     bad = bad_q | (sees & bad_key).any(axis=2)
-    nan = nan_q | (sees & nan_key).any(axis=2)
+    # In the kernels' units of log2 an addend below this is minus infinity, which hides a key.
+    near = True if seen.bias is None else ~(seen.bias < -np.finfo(np.float32).max / np.log2(np.e))
+    nan = nan_q | (sees & near & nan_key).any(axis=2)
     # An infinity may come out as one, as NaN, or leave a finite weight of 0: only NaN stays NaN.
     infinite = (bad_q & ~nan_q) | (sees & (bad_key & ~nan_key)).any(axis=2)
     if w is not None:  # NaN in the rows of values alone reaches those values alone
