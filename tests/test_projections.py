@@ -263,6 +263,25 @@ def test_many_tokens_come_in_parts(listed, in_order):
     check(case, out[:, few], lse[few], expected, expected_lse)
 
 
+@pytest.mark.parametrize("form", ["absorbed", "expanded"])
+@pytest.mark.parametrize("widths", [(17, 24, 64, 32), (16, 24, 33, 0), (17, 24, 129, 1)])
+def test_products_of_odd_depth(widths, form, isa):
+    """A query or a hidden key that is NaN spoils no row beside it."""
+    q_len, n = 45, 60
+    arguments = decode(torch.bfloat16, 3, (n,), q_len, widths)
+    mask = torch.ones(n, dtype=torch.bool)
+    mask[5:21] = False
+    arguments["attn_mask"] = mask
+    expected, expected_lse = reference.mla_attention_kv_b(**arguments)
+    arguments["q"][:, 9] = torch.nan
+    arguments["kv_cache"][:, 5:21] = torch.nan
+    out, lse = ops.mla_attention_kv_b(**arguments, form=form)
+    assert out[:, 9].isnan().all()
+    others = [t for t in range(q_len) if t != 9]
+    case = Case(torch_flash_mla.cpu_isa(), "bf16", q_dtype=torch.bfloat16)
+    check(case, out[:, others], lse[..., others], expected[:, others], expected_lse[..., others])
+
+
 STEPS = """
 import torch
 from torch_flash_mla import ops

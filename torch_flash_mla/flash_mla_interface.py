@@ -108,6 +108,8 @@ def flash_mla_with_kvcache(
             :func:`torch_flash_mla.ops.mla_attention` raises.
     """
     _require_tensors(q=q, k_cache=k_cache)
+    if q.dim() != 4:
+        raise ValueError(f"q: shape {list(q.shape)}, expected [B, Sq, H, D]")
     if is_fp8_kvcache:
         raise NotImplementedError(
             "is_fp8_kvcache: float8 caches are not implemented, expected False; for 8-bit caches "
@@ -148,6 +150,8 @@ def flash_mla_with_kvcache(
 
     if causal:
         raise ValueError("causal: got True with indices, which name the visible keys themselves")
+    if extra_k_cache is not None:
+        _require_tensors(extra_k_cache=extra_k_cache)
     if (extra_k_cache is None) != (extra_indices_in_kvcache is None):
         raise ValueError("extra_k_cache, extra_indices_in_kvcache: got one without the other")
     if extra_k_cache is None and extra_topk_length is not None:
@@ -161,6 +165,11 @@ def flash_mla_with_kvcache(
         names: dict[str, str],
     ) -> tuple[Tensor, Tensor]:
         """Attention to rows of a pool: the pool as one long sequence, the same for all."""
+        if cache.dim() not in (3, 4):
+            raise ValueError(
+                f"{names['kv_cache']}: shape {list(cache.shape)}, expected [num_blocks, "
+                "block_size, 1, D] or [num_blocks, block_size, D]"
+            )
         batch, blocks = q.shape[0], cache.shape[0]
         return _attention(
             names,
@@ -286,9 +295,22 @@ def _attention(names: dict[str, str], *args: Any, **kwargs: Any) -> tuple[Tensor
 
 
 def _require_tensors(**arguments: object) -> None:
-    for name, value in arguments.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
+    """Refuses, by name, what torch makes no views of."""
+    for name, t in arguments.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: got {type(t).__name__}, expected a tensor")
+        if t.is_nested or t.layout != torch.strided:
+            kind = "a nested tensor" if t.is_nested else f"layout {t.layout}"
+            raise NotImplementedError(f"{name}: {kind}, expected a strided tensor")
+        if torch.compiler.is_compiling() or t._is_zerotensor() or t.numel() == 0:
+            continue
+        last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+        size = (t.storage_offset() + last + 1) * t.element_size()
+        if size > t.untyped_storage().nbytes():
+            raise RuntimeError(
+                f"{name}: shape {list(t.shape)} and strides {list(t.stride())} reach outside its "
+                f"storage of {t.untyped_storage().nbytes()} bytes"
+            )
 
 
 def _plus_infinity(lse: Tensor) -> Tensor:

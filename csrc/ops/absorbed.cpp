@@ -11,6 +11,7 @@
 #include "kernels/call/visible.h"
 #include "ops/checks.h"
 #include "ops/forms.h"
+#include "ops/interrupt.h"
 #include "ops/parallel.h"
 
 namespace flashmla {
@@ -49,7 +50,7 @@ struct PartTokens {
 // tokens of one. The parts of a sequence that has more do not depend on the others.
 template <class Attend>
 void for_each_part(const AttentionParams& p, int64_t most, const Attend& attend) {
-  for (int32_t begin = 0, end = 0; begin < p.batch; begin = end) {
+  for (int32_t begin = 0, end = 0; begin < p.batch && !interrupted(); begin = end) {
     int64_t tokens = query_tokens(p, begin).count;
     for (end = begin + 1; end < p.batch; ++end) {
       const int64_t next = query_tokens(p, end).count;
@@ -61,7 +62,7 @@ void for_each_part(const AttentionParams& p, int64_t most, const Attend& attend)
       if (tokens > 0) attend(part);
       continue;
     }
-    for (int64_t at = 0; at < tokens; at += most) {
+    for (int64_t at = 0; at < tokens && !interrupted(); at += most) {
       part.token_begin = static_cast<int32_t>(at);
       part.token_end = static_cast<int32_t>(std::min(at + most, tokens));
       attend(part);
@@ -156,8 +157,8 @@ void attend_multiplying(const AttentionParams& call, const Projections& w) {
   const Tensor q = as_tensor(p.q, tokens, heads, w.nope, type);
   const Tensor out = as_tensor(p.out, tokens, heads, w.value, type);
   // ATen's fp16 products are slow on CPUs without fp16 arithmetic, and a latent query rounded to
-  // fp16 may overflow.
-  const at::ScalarType working = type == at::kHalf ? at::kFloat : type;
+  // fp16 may overflow. The two products have the same type.
+  const at::ScalarType working = product_type(product_type(type, w.nope), p.cache.latent);
   const Tensor by_head = q.movedim(2, 0).reshape({heads, tokens.count(), w.nope});
   const Tensor q_latent = at::bmm(by_head.to(working), dense_rows(w.uk().to(working)));
   const Tensor out_latent = uninitialised(q_latent.sizes(), working);
