@@ -345,6 +345,10 @@ def _attend(
     if peak is not None and how.arithmetic.startswith("INT"):
         shift += _rounded_codes(q, keys, peak, latent, abs(scale), how)
     shift = abs(scale) * shift + 8 * _F32 * np.abs(np.where(sees, logits, 0))
+    if peak is not None and how.arithmetic.startswith("INT"):
+        # Exponents have the logarithm of a value's scale in them, at most 100 for a row of zeros.
+        steps = _steps(np.stack([peak[:, 0], peak[:, 0]], axis=1), how)[:, 0]
+        shift += 2 * _F32 * np.abs(np.log(np.maximum(steps, 1e-30)))
     shift += 4 * _F32 * np.abs(np.where(sees, relative, 0)) + 2e-6
     if seen.bias is not None:
         shift += 4 * _F32 * np.abs(seen.bias)
@@ -375,7 +379,9 @@ def _attend(
     else:
         p, moved, lse_bound = _moved_far(relative, shift, of_sink, uncertain, some)
         moved = np.where(sees, moved, 0)
-    lse_bound += 4 * _F32 * np.abs(lse) + 4e-6
+    # Equal terms of a sum, those of a key that is listed again and again, round to the same side.
+    equal = 0 if seen.count is None else int(seen.count.max(initial=0))
+    lse_bound += 4 * _F32 * np.abs(lse) + 4e-6 + equal / 2 * _F32
 
     values = keys[:, :latent]
     out = p @ values
@@ -388,7 +394,7 @@ def _attend(
         bound += np.minimum(moved.sum(axis=2), 1) * out_norm
     # Sums, and weights as codes.
     entries = max(n, 0 if seen.count is None else int(seen.count.sum(axis=2).max(initial=0)))
-    bound += (8 + 2 * math.sqrt(n) + entries / 8) * _F32 * (p @ norm)
+    bound += (8 + 2 * math.sqrt(n) + entries / 8 + equal / 2) * _F32 * (p @ norm)
     if how.arithmetic == "BF16" or how.expanded:
         bound += _independent(_BF16 * p if how.out == _BF16 else _F32 * p, norm)
     if peak is not None and how.arithmetic.startswith("INT"):
