@@ -134,6 +134,7 @@ INTERRUPT = """
 import os, signal, threading, time
 import torch
 from torch_flash_mla import ops
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 threads = {threads}
 torch.set_num_threads(threads)
 keys, most = {keys}, {tokens}
