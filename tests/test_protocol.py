@@ -137,20 +137,21 @@ class TestMemory:
 
 
 class TestKinds:
-    @pytest.mark.parametrize("kind", ["sparse", "nested", "nested meta", "none", "quantised"])
+    @pytest.mark.parametrize("kind", ["sparse", "nested", "nested beside meta", "none", "quantised"])
     def test_named(self, kind: str) -> None:
         q: Any = torch.zeros(1, 1, 1, L + R)
+        device = "meta" if kind.endswith("meta") else "cpu"
+        kv_cache = torch.zeros(1, 8, L + R, device=device)
         if kind == "sparse":
             q = q.to_sparse()
         elif kind.startswith("nested"):
-            device = "meta" if kind == "nested meta" else "cpu"
-            q = torch.nested.nested_tensor([torch.zeros(1, 1, L + R)], device=device)
+            q = torch.nested.nested_tensor([torch.zeros(1, 1, L + R)])
         elif kind == "quantised":
             q = torch.quantize_per_tensor(q, 0.1, 0, torch.quint8)
         else:
             q = None
         with pytest.raises((RuntimeError, TypeError), match=r"\bq\b"):
-            ops.mla_attention(q, torch.zeros(1, 8, L + R), None, ints(3), L, 0.1)
+            ops.mla_attention(q, kv_cache, None, ints(3), L, 0.1)
 
     def test_what_the_backward_pass_cannot_keep(self) -> None:
         with torch.inference_mode():
