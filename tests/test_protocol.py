@@ -137,7 +137,9 @@ class TestMemory:
 
 
 class TestKinds:
-    @pytest.mark.parametrize("kind", ["sparse", "nested", "nested beside meta", "none", "quantised"])
+    @pytest.mark.parametrize(
+        "kind", ["sparse", "nested", "nested beside meta", "none", "quantised"]
+    )
     def test_named(self, kind: str) -> None:
         q: Any = torch.zeros(1, 1, 1, L + R)
         device = "meta" if kind.endswith("meta") else "cpu"
