@@ -348,9 +348,6 @@ def _attend(
     shift += 4 * _F32 * np.abs(np.where(sees, relative, 0)) + 2e-6
     if seen.bias is not None:
         shift += 4 * _F32 * np.abs(seen.bias)
-    if peak is not None and how.arithmetic.startswith("INT"):
-        # Logits carry the logarithm of the scale of the values, which may be as large as 127.
-        shift += 2 * _F32 * 127
     shift = np.where(sees, shift, 0)
     reach = (abs(scale) * size).max(axis=2, initial=0)
     if seen.bias is not None:
