@@ -348,6 +348,9 @@ def _attend(
     shift += 4 * _F32 * np.abs(np.where(sees, relative, 0)) + 2e-6
     if seen.bias is not None:
         shift += 4 * _F32 * np.abs(seen.bias)
+    if peak is not None and how.arithmetic.startswith("INT"):
+        # Exponents have the logarithm of a value's scale in them, as far from 0 as 127.
+        shift += 2 * _F32 * 127
     shift = np.where(sees, shift, 0)
     reach = (abs(scale) * size).max(axis=2, initial=0)
     if seen.bias is not None:
