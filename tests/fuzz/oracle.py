@@ -345,13 +345,12 @@ def _attend(
     if peak is not None and how.arithmetic.startswith("INT"):
         shift += _rounded_codes(q, keys, peak, latent, abs(scale), how)
     shift = abs(scale) * shift + 8 * _F32 * np.abs(np.where(sees, logits, 0))
-    if peak is not None and how.arithmetic.startswith("INT"):
-        # Exponents have the logarithm of a value's scale in them, at most 100 for a row of zeros.
-        steps = _steps(np.stack([peak[:, 0], peak[:, 0]], axis=1), how)[:, 0]
-        shift += 2 * _F32 * np.abs(np.log(np.maximum(steps, 1e-30)))
     shift += 4 * _F32 * np.abs(np.where(sees, relative, 0)) + 2e-6
     if seen.bias is not None:
         shift += 4 * _F32 * np.abs(seen.bias)
+    if peak is not None and how.arithmetic.startswith("INT"):
+        # Exponents have the logarithm of a value's scale in them, as far from 0 as 127.
+        shift += 2 * _F32 * 127
     shift = np.where(sees, shift, 0)
     reach = (abs(scale) * size).max(axis=2, initial=0)
     if seen.bias is not None:
