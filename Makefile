@@ -46,7 +46,7 @@ VERSIONS ?= 5.15.0 5.16.1 5.18.0 5.20.2 5.22.2 5.24.0
 EXTRAS := torchao==0.18.0 optimum-quanto==0.2.7 bitsandbytes==0.50.2 compressed-tensors==0.20.0 \
   fastapi uvicorn openai
 
-.PHONY: setup demo test test-transformers matrix test-matrix test-wheel test-vllm lint format bench docs wheel clean
+.PHONY: setup demo test test-transformers matrix test-matrix test-wheel vllm test-vllm lint format bench docs wheel clean
 setup: $(STAMPS)/build $(STAMPS)/install
 
 demo: setup
@@ -78,7 +78,9 @@ test-wheel: setup
 	FLASHMLA_TEST_SERIES='$(or $(SERIES),all)' $(PY) -m pytest -m slow tests/test_wheel.py -rs $(PYTEST_ARGS)
 
 # vLLM pins its own torch build and transformers. -W ignore: warnings there are about other packages.
-test-vllm: $(VLLM_STAMPS)/plugin
+vllm: $(VLLM_STAMPS)/plugin
+
+test-vllm: vllm
 	$(VLLM_PY) -m pytest tests/with_vllm -W ignore --show-capture=stdout $(PYTEST_ARGS)
 
 lint: setup

@@ -51,6 +51,26 @@ def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         exec(compile("\n" * line + code, str(page), "exec"), names)
 
 
+def test_promises_have_their_tests() -> None:
+    """docs/reliability.md names a test for each: they exist under these names."""
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    files_of_caches = page.index("## Files of caches")
+    named = re.finditer(r"`(?:(test_\w+\.py)(?:::)?)?((?:Test\w+::)?test_\w+)?`", page)
+    found = 0
+    for name in named:
+        file, test = name.groups()
+        if not (file or test):
+            continue
+        if file is None:
+            assert name.start() > files_of_caches, name[0]
+            file = "test_cache_file.py"
+        code = (ROOT / "tests" / file).read_text()
+        for part in (test or "").split("::"):
+            assert re.search(rf"^ *(?:def|class) {part}\b", code, re.MULTILINE) or not part, name[0]
+        found += 1
+    assert found > 60
+
+
 @pytest.mark.slow
 def test_the_site_builds(tmp_path: Path) -> None:
     pytest.importorskip("furo")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from programs import load_program
+from programs import ROOT, load_program, run
 from transformers_cases import TINY_MODEL, small_model
 
 
@@ -107,6 +108,24 @@ def test_shared_prompt(
     assert ratios is not None
     # Three full blocks, and a fourth that each continuation has its own copy of: six against four.
     assert 1.5 <= float(ratios[1]) < 1.6 < 2.9 < float(ratios[2])
+
+
+@pytest.mark.skipif(
+    not (TINY_MODEL / "model.safetensors").exists(), reason="examples/tiny_model has no weights"
+)
+def test_context_parallel() -> None:
+    """Two processes keep a context together, and say what that costs."""
+    output = run(
+        *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node=2", "examples/context_parallel.py"),
+        *("--prompt-tokens", "400", "--max-new-tokens", "8"),
+        PYTHONPATH=str(ROOT),
+    )
+    # Values and a log-sum-exp of each head, in bfloat16 and float32: 4 * (128 * 2 + 4).
+    assert re.search(r"sends every other one 1040 bytes .* prompt, 1040 per new token", output)
+    assert re.search(r"--- 408 tokens take 0\.95 MB, over 2 ranks:", output)
+    shares = [float(share) for share in re.findall(r"rank \d: ([0-9.]+) MB", output)]
+    assert len(shares) == 2 and max(shares) < 0.95
 
 
 def test_prompt_benchmark(

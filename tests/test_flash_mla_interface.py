@@ -383,7 +383,7 @@ def test_what_is_refused() -> None:
     extra = torch.zeros(4, 16, 1, L + R)
     counts = torch.zeros(2, dtype=torch.int32)
     refused(NotImplementedError, "is_fp8_kvcache: float8 caches", is_fp8_kvcache=True)
-    refused(TypeError, "kv_cache: dtype Float8_e4m3fn", k_cache=extra.to(torch.float8_e4m3fn))
+    refused(TypeError, "^k_cache: dtype Float8_e4m3fn", k_cache=extra.to(torch.float8_e4m3fn))
     refused(TypeError, "whose format must be named", k_cache=extra.byte())
     refused(ValueError, "use_deterministic_algorithms", enable_batch_invariant=True)
     refused(ValueError, "causal: got True with indices", causal=True, indices=lists)
@@ -394,9 +394,17 @@ def test_what_is_refused() -> None:
     refused(ValueError, "one without the other", indices=lists, extra_k_cache=extra)
     refused(ValueError, "one without the other", indices=lists, extra_indices_in_kvcache=lists)
     refused(ValueError, "given without extra_k_cache", indices=lists, extra_topk_length=counts)
-    refused(ValueError, r"expected \[num_blocks", k_cache=torch.zeros(4, 16, 2, L + R))
+    refused(ValueError, r"^k_cache: .* expected \[num_blocks", k_cache=torch.zeros(4, 16, 2, L + R))
     refused(TypeError, "indices: dtype Long, expected Int", indices=lists.long())
     refused(ValueError, r"indices: shape \[1, 1, 3\], expected", indices=lists[:1])
+    refused(ValueError, "^k_cache: shape", k_cache=extra.unsqueeze(0), indices=lists)
+    both = {"indices": lists, "extra_k_cache": extra, "extra_indices_in_kvcache": lists}
+    refused(TypeError, "^extra_k_cache: dtype", **both | {"extra_k_cache": extra.double()})
+    refused(ValueError, "^extra_topk_length: shape", **both, extra_topk_length=counts[:1])
+    refused(
+        TypeError, "^extra_indices_in_kvcache: dtype Long",
+        **both | {"extra_indices_in_kvcache": lists.long()},
+    )  # fmt: skip
 
 
 def test_batch_invariance_follows_determinism() -> None:
@@ -428,5 +436,15 @@ def test_what_sparse_prefill_refuses() -> None:
     ):
         with pytest.raises(ValueError, match=match):
             interface.flash_mla_sparse_fwd(*changed, SCALE, L)
+    with pytest.raises(TypeError, match="q: got NoneType, expected a tensor"):
+        interface.flash_mla_sparse_fwd(None, kv, indices, SCALE, L)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^kv: dtype Double"):
+        interface.flash_mla_sparse_fwd(q, kv.double(), indices, SCALE, L)
+    with pytest.raises(ValueError, match=r"^d_v: 0, expected"):
+        interface.flash_mla_sparse_fwd(q, kv, indices, SCALE, 0)
+    with pytest.raises(ValueError, match=r"^sm_scale: inf, expected"):
+        interface.flash_mla_sparse_fwd(q, kv, indices, float("inf"), L)
     with pytest.raises(ValueError, match="indexer_topk: 34, expected 0 to 33"):
         interface.flash_mla_sparse_fwd(q, kv, indices, SCALE, L, indexer_topk=34)
+    with pytest.raises(TypeError, match="indexer_topk: got str, expected an int"):
+        interface.flash_mla_sparse_fwd(q, kv, indices, SCALE, L, indexer_topk="33")

@@ -3,7 +3,6 @@ hangs get a name. And runs of it, short here and longer in continuous integratio
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -71,7 +70,10 @@ def rows_of(call: Call, t: torch.Tensor, heads_first: bool) -> list[np.ndarray]:
 def test_the_oracle_is_the_reference() -> None:
     for call in calls(150, seed=1):
         expected = oracle.attention(call.arguments, call.spec["isa"])
-        out, lse = getattr(reference, call.operator)(**call.arguments)
+        # The operators take it as a float32, and so does the oracle.
+        scale = float(np.float32(call.arguments["softmax_scale"]))
+        arguments = {**call.arguments, "softmax_scale": scale}
+        out, lse = getattr(reference, call.operator)(**arguments)
         pairs = zip(expected, rows_of(call, out, False), rows_of(call, lse, True), strict=True)
         for e, of_sequence, lse_of_sequence in pairs:
             finite = e.status == oracle.FINITE
@@ -88,14 +90,17 @@ def test_the_oracle_is_the_reference() -> None:
 @pytest.mark.parametrize("cache_format", PACKED_FORMATS)
 def test_its_rows_are_those_of_the_reference(cache_format: str) -> None:
     latent, rope = 96, 32
-    rows = torch.randint(0, 256, (200, row_bytes(cache_format, latent, rope))).to(torch.uint8)
+    # No encoder of q8_kv writes the code of byte 0.
+    rows = torch.randint(1, 256, (200, row_bytes(cache_format, latent, rope))).to(torch.uint8)
     values, peak = oracle.decode(rows.numpy(), cache_format, latent, rope)
     expected = reference.decode_rows(rows, cache_format, latent, rope).numpy()
     np.testing.assert_array_equal(values, expected)
     finite = np.isfinite(expected).all(axis=1)
     for seg, part in enumerate((values[:, :latent], values[:, latent:])):
-        most = np.abs(part[finite]).max(axis=1)
-        assert (most <= np.abs(peak[finite, seg]) * (1 + 1e-6)).all()
+        written = finite & ~np.isnan(peak[:, seg])  # by an encoder
+        assert written.sum() > 5
+        most = np.abs(part[written]).max(axis=1)
+        assert (most <= peak[written, seg] * (1 + 1e-6)).all()
 
 
 def test_its_gradients_are_those_of_the_reference() -> None:
@@ -120,6 +125,8 @@ def test_its_gradients_are_those_of_the_reference() -> None:
             )
             loss = (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum() + lse.sum()
             gradients.append(torch.autograd.grad(loss, list(leaves.values())))
+        if any(x.isnan().any() for x in gradients[0]):
+            continue  # so it does where a large sink leaves nothing to the keys
         for x, y in zip(*gradients, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-10)
         checked += 1
@@ -127,25 +134,24 @@ def test_its_gradients_are_those_of_the_reference() -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("kind", ["attention", "kv_b"])
-def test_a_key_too_few_is_found(isa: str, kind: str) -> None:
-    """The bounds let rounding pass and little else: an answer without one of the keys does not."""
-    found = tried = 0
-    for call in calls(150, seed=3, isa=isa, logits={"kind": "normal", "size": 1.0}):
+def test_a_key_too_few_is_found(isa: str) -> None:
+    """The bounds let rounding pass and little else: an answer without one of a few keys does not.
+
+    Among many keys one is less than what rounding of 4-bit codes may do.
+    """
+    plain = {"mask": None, "indices": None, "leftpad": None, "window": 0, "scale": 1.0}
+    tried = {"attention": 0, "kv_b": 0}
+    for call in calls(250, seed=3, isa=isa, logits={"kind": "normal", "size": 1.0}, **plain):
         a = call.arguments
         sizes = a["cache_seqlens"]
-        if call.spec["kind"] != kind or not len(sizes) or a["q"].numel() == 0:
-            continue
-        if int(sizes.min()) < 2 or call.spec["mask"] or call.spec["indices"]:
-            continue
-        if call.spec["leftpad"] or call.spec["window"] or call.spec["scale"] != 1:
+        if not len(sizes) or a["q"].numel() == 0 or not 2 <= sizes.min() <= sizes.max() <= 16:
             continue
         out, lse = getattr(reference, call.operator)(**{**a, "cache_seqlens": sizes - 1})
         answer = out.to(a["q"].dtype), lse.float()
-        tried += 1
-        found += oracle.check_attention(a, *answer, oracle.attention(a, isa)) is not None
-    assert tried >= 10
-    assert found == tried
+        assert oracle.check_attention(a, *answer, oracle.attention(a, isa)) is not None
+        tried[call.spec["kind"]] += 1
+    assert tried["attention"] >= 10
+    assert tried["kv_b"] >= 2
 
 
 def test_a_row_of_noise_is_found() -> None:
@@ -156,7 +162,7 @@ def test_a_row_of_noise_is_found() -> None:
             continue
         expected = oracle.attention(a, isa)
         out, lse = reference.mla_attention(**a)
-        if not any((e.status == oracle.FINITE).any() for e in expected):
+        if not any((np.abs(e.out[e.status == oracle.FINITE]) > 1e-6).any() for e in expected):
             continue
         assert oracle.check_attention(a, out.float(), lse.float(), expected) is None
         noisy = out.float() * (1 + 0.01 * torch.randn(out.shape))
@@ -180,7 +186,7 @@ def test_specs_depend_on_seed_and_index_alone() -> None:
     calls_ = [build(specs.draw(1, 2, ISAS)) for _ in "ab"]
     for x, y in zip(*(c.arguments.values() for c in calls_), strict=True):
         if isinstance(x, torch.Tensor):
-            assert torch.equal(x.view(-1).nan_to_num(), y.view(-1).nan_to_num())
+            assert torch.equal(x.reshape(-1).nan_to_num(), y.reshape(-1).nan_to_num())
 
 
 def test_shrinking() -> None:
@@ -261,9 +267,6 @@ def test_sanitized_calls() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("tests.fuzz.files") is None, reason="no fuzzer of files yet"
-)
 def test_damaged_files() -> None:
     assert fuzz("5", "1000", "--kind", "files", timeout=600) == "1000 passed"
 

@@ -136,6 +136,36 @@ def test_rows_without_keys(case, cache_format, n, value):
         check(case, given | {"q": blind}, expected)
 
 
+@pytest.mark.parametrize("part", ["keys", "values"])
+@pytest.mark.parametrize("value", NOT_FINITE.values(), ids=NOT_FINITE)
+@pytest.mark.parametrize("form", ["absorbed", "expanded"])
+@pytest.mark.parametrize("n", [9, 70])
+def test_weight_that_is_not_finite(case, cache_format, n, form, value, part):
+    """Its head's rows without keys are 0 nevertheless, and other heads are what they are."""
+    generator = torch.Generator().manual_seed(0)
+    nope, width, heads, pad = 24, 40, 4, 3
+    cache = stored(torch.randn(1, n, L + R, generator=generator), cache_format)
+    q = torch.randn(1, n, heads, nope + R, generator=generator).bfloat16()
+    w = (torch.randn(heads, nope + width, L, generator=generator) / L**0.5).bfloat16()
+    given = arguments(cache, q, cache_format, causal=True) | {
+        "w_kv_b": w,
+        "head_dim_v": width,
+        "cache_leftpad": torch.tensor([pad], dtype=torch.int32),
+    }
+    expected, expected_lse = reference.mla_attention_kv_b(**given)
+    spoilt = w.clone()
+    spoilt[1, 5 if part == "keys" else nope + 7, 11] = value
+    out, lse = ops.mla_attention_kv_b(**given | {"w_kv_b": spoilt}, form=form)
+    assert (out[:, :pad] == 0).all()
+    assert (lse[:, :, :pad] == -torch.inf).all()
+    finite = out.isfinite().all(-1) & lse.isfinite().transpose(1, 2)
+    assert not finite[:, pad:, 1].any()
+    others = [0, 2, 3]
+    error = (out[:, :, others].double() - expected[:, :, others]).norm()
+    assert error <= 2 * ERROR[case.arithmetic] * expected[:, :, others].norm()
+    assert (lse - expected_lse)[:, others, pad:].abs().max() <= 0.1
+
+
 @pytest.mark.parametrize("value", NOT_FINITE.values(), ids=NOT_FINITE)
 def test_query_that_is_not_finite(case, cache_format, value):
     """It spoils its own result, and no other."""

@@ -288,6 +288,19 @@ def test_queries_without_keys_have_no_gradient() -> None:
     assert case.kv_cache.grad.isfinite().all()
 
 
+def test_a_sink_of_minus_infinity_has_no_gradient() -> None:
+    """Beside queries without keys, too, where nothing is left to share."""
+    case = Case("float32")
+    arguments, keywords = case.attention()
+    sink = torch.zeros(arguments[0].shape[2])
+    sink[0] = -torch.inf
+    sink.requires_grad_()
+    out, lse = ops.mla_attention(*arguments, **keywords | {"attn_sink": sink})
+    assert (lse == -torch.inf).any()
+    out.sum().backward()
+    assert sink.grad is not None and sink.grad[0] == 0 and (sink.grad[1:] != 0).all()
+
+
 def test_gradients_ignore_cells_that_nobody_sees() -> None:
     case = Case("float32")
     case.options["cache_leftpad"] = torch.tensor([3, 0, 0], dtype=torch.int32)

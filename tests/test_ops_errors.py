@@ -471,6 +471,11 @@ def test_valid_edges(isa: str) -> None:
     assert (out == 0).all() and (lse == -torch.inf).all()
     out, lse = ops.mla_attention_kv_b(**(kv_b_arguments() | nothing))
     assert (out == 0).all() and (lse == -torch.inf).all()
+    # numpy gives arrays without elements strides of 0.
+    no_tokens = torch.zeros(B, 0, H, L + R).as_strided((B, 0, H, L + R), (0, 0, 0, 0))
+    assert shapes(q=no_tokens) == ((B, 0, H, L), (B, H, 0))
+    part = (no_tokens, torch.zeros(B, H, 0))
+    assert ops.merge_attn_states(*part, *part)[0].shape == no_tokens.shape
 
 
 def test_masks_of_every_layout_mean_the_same(isa: str) -> None:

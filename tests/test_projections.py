@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from mla_cases import Case, make_problem
+from mla_cases import FLOAT_FORMATS, FORMATS, Case, make_problem
 from test_prompts import check, run, with_weight
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import torch_flash_mla
 from torch_flash_mla import ops, reference
+from torch_flash_mla.formats import PACKED_FORMATS
 
 ISAS = torch_flash_mla.available_isas()
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -41,8 +42,9 @@ def decode(
         return torch.randn(*shape, generator=generator)
 
     rows = draw(len(lengths), max(*lengths, 1), latent + rope)
-    if cache_format == "auto":
-        kv_cache = rows.to(dtype)
+    if cache_format not in PACKED_FORMATS:
+        kv_cache = rows.to(FLOAT_FORMATS.get(cache_format, dtype))
+        cache_format = "auto"
     else:
         kv_cache = reference.encode_rows(rows[..., :latent], rows[..., latent:], cache_format)
     return {
@@ -261,6 +263,25 @@ def test_many_tokens_come_in_parts(listed, in_order):
     check(case, out[:, few], lse[few], expected, expected_lse)
 
 
+@pytest.mark.parametrize("form", ["absorbed", "expanded"])
+@pytest.mark.parametrize("widths", [(17, 24, 64, 32), (16, 24, 33, 0), (17, 24, 129, 1)])
+def test_products_of_odd_depth(widths, form, isa):
+    """A query or a hidden key that is NaN spoils no row beside it."""
+    q_len, n = 45, 60
+    arguments = decode(torch.bfloat16, 3, (n,), q_len, widths)
+    mask = torch.ones(n, dtype=torch.bool)
+    mask[5:21] = False
+    arguments["attn_mask"] = mask
+    expected, expected_lse = reference.mla_attention_kv_b(**arguments)
+    arguments["q"][:, 9] = torch.nan
+    arguments["kv_cache"][:, 5:21] = torch.nan
+    out, lse = ops.mla_attention_kv_b(**arguments, form=form)
+    assert out[:, 9].isnan().all()
+    others = [t for t in range(q_len) if t != 9]
+    case = Case(torch_flash_mla.cpu_isa(), "bf16", q_dtype=torch.bfloat16)
+    check(case, out[:, others], lse[..., others], expected[:, others], expected_lse[..., others])
+
+
 STEPS = """
 import torch
 from torch_flash_mla import ops
@@ -299,8 +320,8 @@ def test_scratch_of_a_step_does_not_depend_on_its_length(heads, batch, q_len, in
     assert 0 < short < (32 if in_order else 8) << 20
 
 
-FORMS = ["absorbed", "expanded", "auto"]
-CACHE_FORMATS = ["auto", "q8_kv", "q6_0", "q8_0", "q4_kv"]
+# Of mla_attention_kv_b; "latent" is mla_attention.
+FORMS = ["absorbed", "expanded", "auto", "latent"]
 QUERIES = [1, 3, 40]  # of a sequence
 
 
@@ -309,11 +330,19 @@ def check_bits(
 ) -> None:
     """The same bits on any number of threads, and with any sequences around each."""
     lengths = (2100, 130, 0)
-    arguments = decode(dtype, 3, lengths, q_len, (64, 48, 128, 32), cache_format)
+    heads, latent, rope = 3, 128, 32
+    arguments = decode(dtype, heads, lengths, q_len, (64, 48, latent, rope), cache_format)
+    if form == "latent":
+        del arguments["w_kv_b"]
+        generator = torch.Generator().manual_seed(8)
+        q = torch.randn(len(lengths), q_len, heads, latent + rope, generator=generator)
+        arguments |= {"q": q.to(dtype), "head_dim_v": latent}
     per_sequence = ("q", "kv_cache", "cache_seqlens")
 
     def attend(*sequences: int) -> tuple[Tensor, Tensor]:
         chosen = {name: arguments[name][list(sequences)] for name in per_sequence}
+        if form == "latent":
+            return ops.mla_attention(**arguments | chosen)
         return ops.mla_attention_kv_b(**arguments | chosen, form=form)
 
     torch.set_num_threads(1)
@@ -332,12 +361,12 @@ def check_bits(
 def test_bits_depend_on_the_sequence_alone(dtype, form, isa, deterministic):
     """Formats and numbers of queries take turns."""
     turn = DTYPES.index(dtype) + FORMS.index(form) + ISAS.index(isa)
-    check_bits(dtype, form, CACHE_FORMATS[turn % 5], QUERIES[turn % 3], (2, 3))
+    check_bits(dtype, form, FORMATS[turn % 7], QUERIES[turn % 3], (2, 3))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("q_len", QUERIES)
-@pytest.mark.parametrize("cache_format", CACHE_FORMATS)
+@pytest.mark.parametrize("cache_format", FORMATS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_all_bits(dtype, form, cache_format, q_len, deterministic):

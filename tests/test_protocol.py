@@ -137,13 +137,14 @@ class TestMemory:
 
 
 class TestKinds:
-    @pytest.mark.parametrize("kind", ["sparse", "nested", "none", "quantised"])
+    @pytest.mark.parametrize("kind", ["sparse", "nested", "nested meta", "none", "quantised"])
     def test_named(self, kind: str) -> None:
         q: Any = torch.zeros(1, 1, 1, L + R)
         if kind == "sparse":
             q = q.to_sparse()
-        elif kind == "nested":
-            q = torch.nested.nested_tensor([torch.zeros(1, 1, L + R)])
+        elif kind.startswith("nested"):
+            device = "meta" if kind == "nested meta" else "cpu"
+            q = torch.nested.nested_tensor([torch.zeros(1, 1, L + R)], device=device)
         elif kind == "quantised":
             q = torch.quantize_per_tensor(q, 0.1, 0, torch.quint8)
         else:

@@ -123,7 +123,7 @@ import torch
 from torch_flash_mla import ops
 torch.use_deterministic_algorithms(True)
 torch.set_num_threads({threads})
-heads, latent, rope, tokens, keys = 16, 512, 64, {tokens}, 16384
+heads, latent, rope, tokens, keys = {heads}, 512, 64, {tokens}, 16384
 cache = torch.randn(1, keys, latent + rope, generator=torch.Generator().manual_seed(0)).bfloat16()
 q = torch.randn(1, 256, heads, latent + rope, generator=torch.Generator().manual_seed(1))
 lengths = torch.tensor([keys], dtype=torch.int32)
@@ -132,11 +132,21 @@ print(ops.scratch_bytes(), hash(out[0, :4].float().numpy().tobytes()) % 2**32)
 """
 
 
-def test_deterministic_scratch_does_not_grow_with_the_prompt() -> None:
+@pytest.mark.parametrize(
+    ("heads", "calls"),
+    [
+        (16, [(1, 4), (1, 32), (1, 256), (3, 32), (3, 256)]),
+        # 4096 tokens of 128 heads held 26 MiB on one thread and 52 MiB on two, and take minutes.
+        pytest.param(128, [(1, 4), (1, 256), (2, 256)], marks=pytest.mark.slow),
+    ],
+)
+def test_deterministic_scratch_does_not_grow_with_the_prompt(
+    heads: int, calls: list[tuple[int, int]]
+) -> None:
     """The same bits, whether partial results are held to the end or merged block by block."""
     results = []
-    for threads, tokens in ((1, 4), (1, 32), (1, 256), (3, 32), (3, 256)):
-        code = DETERMINISTIC.format(threads=threads, tokens=tokens)
+    for threads, tokens in calls:
+        code = DETERMINISTIC.format(threads=threads, tokens=tokens, heads=heads)
         result = subprocess.run(
             [sys.executable, "-c", code],
             capture_output=True,

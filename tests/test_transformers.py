@@ -86,7 +86,7 @@ def test_the_readme_lists_them() -> None:
     text = (ROOT / "README.md").read_text()
     section = text[text.index("<!-- families -->") : text.index("<!-- end of families -->")]
     listed: set[str] = set()
-    for version, names in re.findall(r"^- ([\d.]+): (.*(?:\n  .*)*)", section, re.MULTILINE):
+    for version, names in re.findall(r"since\s([\d.]+)\s([^;]*)", section):
         if Version(version) <= Version(transformers.__version__):
             listed |= set(re.findall(r"`(\w+)`", names))
     assert listed == set(families())

@@ -8,17 +8,20 @@ import copy
 import io
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from programs import load_program
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers_cases import TINY_MODEL, mla_layers, small_model, tiny_model
 from transformers_compare import CACHE_ARGUMENT, prompt, watch
 
 import torch_flash_mla
+from torch_flash_mla import ops
 from torch_flash_mla.integrations.transformers import (
     DecoderStep,
     MLACache,
@@ -26,6 +29,7 @@ from torch_flash_mla.integrations.transformers import (
     patched,
     unpatch,
 )
+from torch_flash_mla.integrations.transformers.cache import cache_layer_of
 from torch_flash_mla.integrations.transformers.fingerprint import difference, fingerprint
 
 FAMILY = "deepseek_v3"
@@ -69,6 +73,10 @@ def text(model: Any, ids: Tensor, **arguments: Any) -> Tensor:
     mask = torch.ones_like(ids)
     arguments = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask, **arguments}
     return model.generate(ids, **arguments)
+
+
+def _out_of_memory(*args: Any, **kwargs: Any) -> None:
+    raise torch.OutOfMemoryError("injected")
 
 
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 5e-4) -> None:
@@ -133,12 +141,44 @@ class TestLeader:
         assert_near(steps(model, ids), expected)  # the cache that a call makes
 
     def test_two_stages(self, stock: PreTrainedModel, ids: Tensor) -> None:
-        """The second one continues the step of the first."""
+        """The second one continues the step of the first, and cannot begin one."""
         model = copy.deepcopy(stock)
         patch(model)
         cache = MLACache(model.config)
         expected = steps(stock, ids)
         assert_near(steps(model, ids, cache), expected)
+        latent, rope = torch.zeros(2, 1, 1, 64), torch.zeros(2, 1, 1, 32)
+        with pytest.raises(RuntimeError, match=r"pool 1 .* got rows twice since pool 0"):
+            cache.update(latent, rope, 1)
+
+    def test_a_layer_that_failed_is_repeated(
+        self, stock: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Without the layer that came first."""
+        cache = MLACache(stock.config)
+        latent, rope = torch.zeros(2, 1, 1, 64), torch.zeros(2, 1, 1, 32)
+
+        def update(layer: int) -> None:
+            carrier, _ = cache.update(latent, rope, layer)
+            cache_layer_of(carrier).take()
+
+        for _ in range(2):  # a first use, and a later one
+            update(0)
+            with monkeypatch.context() as context:
+                context.setattr(ops, "concat_and_cache_mla", _out_of_memory)
+                with pytest.raises(torch.OutOfMemoryError):
+                    update(1)
+            update(1)
+        assert cache.get_seq_length() == 2
+
+    def test_a_leader_that_is_compiled(self, stock: PreTrainedModel, ids: Tensor) -> None:
+        """And others that are not."""
+        model = copy.deepcopy(stock)
+        patch(model)
+        expected = steps(stock, ids)
+        torch.compiler.reset()
+        model.model.layers[0].compile(backend="eager")
+        assert_near(steps(model, ids, MLACache(model.config)), expected)
 
     def test_a_loaded_cache(self, ids: Tensor, tmp_path: Path) -> None:
         model = small_model(FAMILY, num_hidden_layers=3)
@@ -403,21 +443,30 @@ class TestFormat:
     @pytest.mark.skipif(
         not (TINY_MODEL / "model.safetensors").exists(), reason="examples/tiny_model has no weights"
     )
-    def test_perplexity_shows_what_a_format_costs(self) -> None:
-        """Of whole windows through ``model(x)``, as evaluation harnesses do it."""
+    def test_perplexity_shows_what_a_format_costs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of whole windows through ``model(x)``, as evaluation harnesses do it: what quality.py
+        measures with caches of its own, in chunks."""
+        monkeypatch.syspath_prepend(str(TINY_MODEL))
+        quality = load_program("examples/tiny_model/quality.py")
         model = tiny_model()
-        source = torch.tensor([list(Path(__file__).read_bytes()[:512])])
+        windows = quality.held_out_windows(2)
 
-        def loss(**arguments: Any) -> float:
+        def by_quality(new_cache: Callable[[], Any]) -> Any:
+            losses, _ = quality.window_losses(model, windows, new_cache, chunk=128, batch=2)
+            return losses / (quality.CONTEXT - 1)
+
+        def by_call(**arguments: Any) -> Any:
             with torch.no_grad():
-                return float(model(source, labels=source, **arguments).loss)
+                calls = [model(x[None], labels=x[None], **arguments) for x in windows]
+            return torch.tensor([float(out.loss) for out in calls], dtype=torch.float64).numpy()
 
-        expected = loss()
+        stock = by_quality(lambda: DynamicCache(config=model.config))
         patch(model, "q4_kv")
-        actual = loss()
-        assert actual == loss(**{CACHE_ARGUMENT: MLACache(model.config, "q4_kv")})
-        assert abs(actual - expected) > 1e-4
-        assert loss(use_cache=False) == pytest.approx(expected, abs=1e-5)
+        expected = by_quality(lambda: MLACache(model.config, "q4_kv"))
+        cost = abs(expected - stock).min()
+        assert cost > 1e-4
+        assert abs(by_call() - expected).max() < cost / 10
+        assert abs(by_call(use_cache=False) - stock).max() < cost / 10
 
     def test_training_gets_gradients(self, stock: PreTrainedModel, ids: Tensor) -> None:
         """use_cache is on by default: a cache of pages would end the gradient."""

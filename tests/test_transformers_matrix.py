@@ -170,12 +170,11 @@ def test_evaluation_between_steps_of_training(
     assert losses[True] == pytest.approx(losses[False], abs=2e-3)
 
 
-@pytest.mark.parametrize("kv_cache_dtype", FORMATS)
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", "tensor_parallel"])
-def test_two_processes(kind: str, kv_cache_dtype: str, tmp_path: Path) -> None:
+def test_two_processes(kind: str, tmp_path: Path) -> None:
     """tests/distributed_models.py compares in each process."""
     launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    program = [str(ROOT / "tests" / "distributed_models.py"), kind, kv_cache_dtype, str(tmp_path)]
+    program = [str(ROOT / "tests" / "distributed_models.py"), kind, str(tmp_path), *FORMATS]
     output = run(
         *launch,
         "--nproc-per-node=2",
@@ -183,4 +182,5 @@ def test_two_processes(kind: str, kv_cache_dtype: str, tmp_path: Path) -> None:
         OMP_NUM_THREADS="1",
         PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}",
     )
-    assert output.count("same as stock") == 2, output
+    for kv_cache_dtype in FORMATS:
+        assert output.count(f"{kv_cache_dtype}: same as stock") == 2, output

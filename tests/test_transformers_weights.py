@@ -1,12 +1,14 @@
 """How a patched layer reads its kv_b_proj: whatever wraps, quantises, watches or trains it, the
 logits are those of the stock model with the same kv_b_proj.
 
-The kinds are made of plain modules here; tests/with_transformers goes through the packages.
+The kinds are made of plain modules here; test_transformers_matrix.py goes through the packages.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -470,6 +472,41 @@ class TestContents:
         before = assert_as_stock(model, ids)
         for proj in kv_b(model):
             proj.meta["scale"].data.mul_(-1)
+        assert not torch.equal(before, assert_as_stock(model, ids))
+
+    @pytest.mark.parametrize("opaque", [False, True])
+    def test_objects_of_any_kind(self, plain: PreTrainedModel, ids: Tensor, opaque: bool) -> None:
+        """Slots that are written, and functions replaced by others at the same address."""
+
+        class Rule:
+            __slots__ = ("__weakref__", "factor")
+
+            def __init__(self, factor: float) -> None:
+                self.factor = factor
+
+        class Ruled(CodedLayer):
+            rule: Any
+
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x) * (self.rule(1.0) if opaque else self.rule.factor)
+
+        def set_rule(proj: Any, factor: float) -> None:
+            proj.rule = functools.partial(operator.mul, factor) if opaque else Rule(factor)
+
+        model = with_kv_b(plain, Ruled)
+        for proj in kv_b(model):
+            set_rule(proj, 1.0)
+        patch(model)
+        assert_reads(model, "dense copy")
+        before = assert_as_stock(model, ids)
+        for proj in kv_b(model):
+            if opaque:
+                address = id(proj.rule)
+                del proj.rule
+                set_rule(proj, 0.5)
+                assert id(proj.rule) == address
+            else:
+                proj.rule.factor = 0.5
         assert not torch.equal(before, assert_as_stock(model, ids))
 
     def test_it_stops_being_a_matrix(self, plain: PreTrainedModel, ids: Tensor) -> None:

@@ -6,6 +6,7 @@ padding, beams, assisted decoding, caches of all kinds and cache formats ::
 
     python tools/test_transformers.py 5.15.0 5.24.0              # counts per release
     python tools/test_transformers.py 5.15.0 5.24.0 --readme     # and the list in README.md
+    python tools/test_transformers.py 5.15.0 5.24.0 --reports    # counts of the last run of each
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import re
 import subprocess
 import sys
 import textwrap
-import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from dataclasses import dataclass
@@ -28,8 +28,9 @@ ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENTS = ROOT / "build" / "transformers"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- families -->\n", "<!-- end of families -->\n"
-# Everything but the deliberate faults, which say something about the comparison.
-TESTS = ("tests/test_transformers.py", "-k", "not fault")
+# Everything but the deliberate faults, which say something about the comparison, and the list that
+# this program writes.
+TESTS = ("tests/test_transformers.py", "-k", "not fault and not readme")
 ALSO = {"deepseek_v3": "Kimi K2", "kimi_k25": "Kimi K2.5"}
 
 
@@ -48,20 +49,28 @@ class Result:
         return {f for f, n in self.families.items() if n["passed"] and not n["failed"]}
 
 
-def run(version: str, arguments: list[str]) -> Result:
-    """The tests in one release; their output is shown."""
+def report_of(version: str) -> Path:
+    return ENVIRONMENTS / f"{version}.xml"
+
+
+def run(version: str, arguments: list[str]) -> None:
+    """The tests in one release; their output is shown, their report written."""
     python = side_environment(ENVIRONMENTS / version, [f"transformers=={version}"])
-    report = ENVIRONMENTS / f"{version}.xml"
-    report.unlink(missing_ok=True)
-    begin = time.monotonic()
+    report_of(version).unlink(missing_ok=True)
     pytest = [python, "-m", "pytest", "-q", "-m", "not exhaustive", "-p", "no:cacheprovider"]
     subprocess.run(
-        [*pytest, f"--junitxml={report}", *TESTS, *arguments],
+        [*pytest, f"--junitxml={report_of(version)}", *TESTS, *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    result = Result(version, Counter(), {}, time.monotonic() - begin)
-    for case in ElementTree.parse(report).iter("testcase"):
+
+
+def read_report(version: str) -> Result:
+    """What the report of a release says."""
+    suite = ElementTree.parse(report_of(version)).getroot().find("testsuite")
+    assert suite is not None
+    result = Result(version, Counter(), {}, float(suite.get("time", 0)))
+    for case in suite.iter("testcase"):
         outcome = "passed"
         if case.find("failure") is not None or case.find("error") is not None:
             outcome = "failed"
@@ -84,16 +93,15 @@ def families_section(results: list[Result]) -> str:
         since[result.version] = sorted(result.working - seen)
         seen |= result.working
     versions = [result.version for result in results]
-    lines = [
-        "Found by structure, and each compared with the stock model in transformers "
-        f"{', '.join(versions[:-1])} and {versions[-1]}:\n"
-    ]
+    parts = []
     for version, names in since.items():
-        if names:
-            named = [f"`{n}`" + (f" ({ALSO[n]})" if n in ALSO else "") for n in names]
-            item = f"- {version}: {', '.join(named)}"
-            lines.append(textwrap.fill(item, 100, subsequent_indent="  ", break_on_hyphens=False))
-    return "\n".join(lines) + "\n"
+        named = ", ".join(f"`{n}`" + (f" ({ALSO[n]})" if n in ALSO else "") for n in names)
+        parts += [f"since {version} {named}"] if names else []
+    text = (
+        "Families are found by structure. Compared with stock in transformers "
+        f"{', '.join(versions[:-1])} and {versions[-1]}: {'; '.join(parts)}."
+    )
+    return textwrap.fill(text, 100, break_on_hyphens=False, break_long_words=False) + "\n"
 
 
 def main() -> None:
@@ -101,8 +109,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("versions", nargs="+", metavar="VERSION")
     parser.add_argument("--readme", action="store_true", help="write the list in README.md")
+    parser.add_argument("--reports", action="store_true", help="read the last reports, run nothing")
     options, arguments = parser.parse_known_args()
-    results = [run(version, arguments) for version in options.versions]
+    if not options.reports:
+        for version in options.versions:
+            run(version, arguments)
+    results = [read_report(version) for version in options.versions]
     width = max(len(result.version) for result in results)
     for result in results:
         counts = ", ".join(f"{n} {outcome}" for outcome, n in sorted(result.counts.items()))
@@ -116,7 +128,7 @@ def main() -> None:
     if options.readme:
         text = README.read_text()
         begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-        README.write_text(text[:begin] + "\n" + families_section(results) + "\n" + text[end:])
+        README.write_text(text[:begin] + families_section(results) + text[end:])
     if any(result.counts["failed"] or not result.counts["passed"] for result in results):
         sys.exit(1)
 

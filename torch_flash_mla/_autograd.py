@@ -272,6 +272,7 @@ def _attention_gradients(
     grad_keys[:, :latent] += torch.einsum("shn,shl->nl", p, grad_out)
     grad_sink = None
     if sink is not None:
+        total = total.masked_fill(lse == -torch.inf, torch.inf)  # no sink counts without keys
         grad_sink = -((sink[:, None] - total).exp() * delta).sum(dim=(0, 2))
     return out, grad_q, grad_keys, grad_sink
 

@@ -23,6 +23,7 @@ which are ordinary attention (``torch.nn.functional.scaled_dot_product_attention
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -107,6 +108,8 @@ def flash_mla_with_kvcache(
             :func:`torch_flash_mla.ops.mla_attention` raises.
     """
     _require_tensors(q=q, k_cache=k_cache)
+    if q.dim() != 4:
+        raise ValueError(f"q: shape {list(q.shape)}, expected [B, Sq, H, D]")
     if is_fp8_kvcache:
         raise NotImplementedError(
             "is_fp8_kvcache: float8 caches are not implemented, expected False; for 8-bit caches "
@@ -131,7 +134,8 @@ def flash_mla_with_kvcache(
         if block_table is None or cache_seqlens is None:
             missing = "block_table" if block_table is None else "cache_seqlens"
             raise ValueError(f"{missing}: got None, which is for sparse attention (indices)")
-        out, lse = ops.mla_attention(
+        out, lse = _attention(
+            {"kv_cache": "k_cache"},
             q,
             k_cache,
             block_table,
@@ -146,17 +150,29 @@ def flash_mla_with_kvcache(
 
     if causal:
         raise ValueError("causal: got True with indices, which name the visible keys themselves")
+    if extra_k_cache is not None:
+        _require_tensors(extra_k_cache=extra_k_cache)
     if (extra_k_cache is None) != (extra_indices_in_kvcache is None):
         raise ValueError("extra_k_cache, extra_indices_in_kvcache: got one without the other")
     if extra_k_cache is None and extra_topk_length is not None:
         raise ValueError("extra_topk_length: given without extra_k_cache, expected None")
 
     def attend(
-        cache: Tensor, rows: Tensor, counts: Tensor | None, sink: Tensor | None
+        cache: Tensor,
+        rows: Tensor,
+        counts: Tensor | None,
+        sink: Tensor | None,
+        names: dict[str, str],
     ) -> tuple[Tensor, Tensor]:
         """Attention to rows of a pool: the pool as one long sequence, the same for all."""
+        if cache.dim() not in (3, 4):
+            raise ValueError(
+                f"{names['kv_cache']}: shape {list(cache.shape)}, expected [num_blocks, "
+                "block_size, 1, D] or [num_blocks, block_size, D]"
+            )
         batch, blocks = q.shape[0], cache.shape[0]
-        return ops.mla_attention(
+        return _attention(
+            names,
             q,
             cache,
             torch.arange(blocks, dtype=torch.int32, device="cpu").expand(batch, blocks),
@@ -169,12 +185,18 @@ def flash_mla_with_kvcache(
             kv_cache_dtype=kv_cache_dtype,
         )
 
+    names = {"kv_cache": "k_cache"}
     if extra_k_cache is None or extra_indices_in_kvcache is None:
-        out, lse = attend(k_cache, indices, topk_length, attn_sink)
+        out, lse = attend(k_cache, indices, topk_length, attn_sink, names)
     else:
+        extra_names = {
+            "kv_cache": "extra_k_cache",
+            "indices": "extra_indices_in_kvcache",
+            "topk_length": "extra_topk_length",
+        }
         parts = (
-            *attend(k_cache, indices, topk_length, None),
-            *attend(extra_k_cache, extra_indices_in_kvcache, extra_topk_length, None),
+            *attend(k_cache, indices, topk_length, None, names),
+            *attend(extra_k_cache, extra_indices_in_kvcache, extra_topk_length, None, extra_names),
         )
         out, lse = ops.merge_attn_states(*parts, attn_sink=attn_sink)
     return out, _plus_infinity(lse)
@@ -219,15 +241,17 @@ def flash_mla_sparse_fwd(
         ValueError: shapes that do not fit; and all that
             :func:`torch_flash_mla.ops.mla_attention` raises.
     """
+    _require_tensors(q=q, kv=kv, indices=indices)
     if q.dim() != 3:
         raise ValueError(f"q: shape {list(q.shape)}, expected [Sq, H, D]")
-    _require_tensors(q=q, kv=kv, indices=indices)
     if kv.dim() != 3 or kv.shape[1] != 1:
         raise ValueError(f"kv: shape {list(kv.shape)}, expected [S, 1, D]")
     if indices.dim() != 3 or indices.shape[:2] != (q.shape[0], 1):
         raise ValueError(
             f"indices: shape {list(indices.shape)}, expected [Sq, 1, topk] with Sq = {q.shape[0]}"
         )
+    if not isinstance(indexer_topk, int):
+        raise TypeError(f"indexer_topk: got {type(indexer_topk).__name__}, expected an int")
     if not 0 <= indexer_topk <= indices.shape[2]:
         raise ValueError(
             f"indexer_topk: {indexer_topk}, expected 0 to {indices.shape[2]} (indices.size(2))"
@@ -237,7 +261,8 @@ def flash_mla_sparse_fwd(
 
     def attend(rows: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
         """Every query is a sequence of its own, over the same rows."""
-        out, lse = ops.mla_attention(
+        out, lse = _attention(
+            {"kv_cache": "kv", "head_dim_v": "d_v", "softmax_scale": "sm_scale"},
             q.unsqueeze(1),
             cache.expand(q_len, *cache.shape),
             None,
@@ -260,10 +285,34 @@ def flash_mla_sparse_fwd(
     return out, max_logits, lse, attend(indices[:, :, :indexer_topk], counts)[1]
 
 
+def _attention(names: dict[str, str], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """:func:`torch_flash_mla.ops.mla_attention`, whose errors say ``names`` for its arguments."""
+    try:
+        return ops.mla_attention(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        text = str(error)
+        for name, ours in names.items():
+            text = re.sub(rf"\b{name}\b", ours, text)
+        raise type(error)(text) from None
+
+
 def _require_tensors(**arguments: object) -> None:
-    for name, value in arguments.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
+    """Refuses, by name, what torch makes no views of."""
+    for name, t in arguments.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: got {type(t).__name__}, expected a tensor")
+        if t.is_nested or t.layout != torch.strided:
+            kind = "a nested tensor" if t.is_nested else f"layout {t.layout}"
+            raise NotImplementedError(f"{name}: {kind}, expected a strided tensor")
+        if torch.compiler.is_compiling() or t._is_zerotensor() or t.numel() == 0:
+            continue
+        last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+        size = (t.storage_offset() + last + 1) * t.element_size()
+        if size > t.untyped_storage().nbytes():
+            raise RuntimeError(
+                f"{name}: shape {list(t.shape)} and strides {list(t.stride())} reach outside its "
+                f"storage of {t.untyped_storage().nbytes()} bytes"
+            )
 
 
 def _plus_infinity(lse: Tensor) -> Tensor:

@@ -4,11 +4,14 @@
 #include <ATen/ops/from_blob.h>
 
 #include <algorithm>
+#include <cstring>
+#include <limits>
 
 #include "kernels/call/driver.h"
 #include "kernels/call/visible.h"
 #include "ops/checks.h"
 #include "ops/forms.h"
+#include "ops/interrupt.h"
 #include "ops/parallel.h"
 
 namespace flashmla {
@@ -47,7 +50,7 @@ struct PartTokens {
 // tokens of one. The parts of a sequence that has more do not depend on the others.
 template <class Attend>
 void for_each_part(const AttentionParams& p, int64_t most, const Attend& attend) {
-  for (int32_t begin = 0, end = 0; begin < p.batch; begin = end) {
+  for (int32_t begin = 0, end = 0; begin < p.batch && !interrupted(); begin = end) {
     int64_t tokens = query_tokens(p, begin).count;
     for (end = begin + 1; end < p.batch; ++end) {
       const int64_t next = query_tokens(p, end).count;
@@ -59,7 +62,7 @@ void for_each_part(const AttentionParams& p, int64_t most, const Attend& attend)
       if (tokens > 0) attend(part);
       continue;
     }
-    for (int64_t at = 0; at < tokens; at += most) {
+    for (int64_t at = 0; at < tokens && !interrupted(); at += most) {
       part.token_begin = static_cast<int32_t>(at);
       part.token_end = static_cast<int32_t>(std::min(at + most, tokens));
       attend(part);
@@ -71,6 +74,27 @@ void for_each_part(const AttentionParams& p, int64_t most, const Attend& attend)
 int64_t latent_row(int64_t latent) {
   constexpr int64_t kLine = kCacheLine / 4;
   return ((latent + kLine - 1) / kLine | 1) * kLine;
+}
+
+// The zeros of rows without keys stay zeros where the weight is not finite. latents: those that
+// were multiplied by it, [H, tokens, row]; NaN if all logits of a row are minus infinity, which has
+// the same log-sum-exp.
+void clear_rows_without_keys(const AttentionParams& p, const PartTokens& tokens, int32_t value,
+                             const std::byte* latents, int64_t row, ScalarType type) {
+  constexpr float kNone = -std::numeric_limits<float>::infinity();
+  constexpr std::byte kZero[4] = {};
+  const auto bytes = static_cast<size_t>(value * size_of(p.q_type));
+  const QueryRows out = tokens.rows(p.out);
+  const float* lse = p.lse + tokens.first * p.lse_stride[2];
+  for (int64_t h = 0; h < p.heads; ++h) {
+    for (int64_t s = 0; s < tokens.sequences; ++s) {
+      for (int64_t t = 0; t < tokens.q_len; ++t, latents += row) {
+        if (lse[s * p.lse_stride[0] + h * p.lse_stride[1] + t * p.lse_stride[2]] != kNone) continue;
+        if (std::memcmp(latents, kZero, static_cast<size_t>(size_of(type))) != 0) continue;
+        std::memset(out.data + s * out.stride[0] + t * out.stride[1] + h * out.stride[2], 0, bytes);
+      }
+    }
+  }
 }
 
 void attend_streaming(const AttentionParams& p, const Projections& w) {
@@ -94,6 +118,8 @@ void attend_streaming(const AttentionParams& p, const Projections& w) {
   projections.out_latent = latents + floats / 2;
   projections.latent_row = static_cast<int32_t>(row);
   projected_attention(p, projections, thread_plan(), torch_executor());
+  clear_rows_without_keys(p, tokens, w.value, reinterpret_cast<std::byte*>(latents + floats / 2),
+                          row * 4, ScalarType::kF32);
 }
 
 // Rows of the caller's as a tensor [sequences, q_len, H, width].
@@ -123,15 +149,16 @@ Tensor project(const Tensor& out_latent, const Tensor& uv) {
   return at::bmm(out_latent, uv.contiguous().transpose(1, 2));
 }
 
-void attend_multiplying(AttentionParams p, const Projections& w) {
+void attend_multiplying(const AttentionParams& call, const Projections& w) {
+  AttentionParams p = call;
   const PartTokens tokens(p);
   const at::ScalarType type = w.w_kv_b.scalar_type();
   const int64_t heads = p.heads;
   const Tensor q = as_tensor(p.q, tokens, heads, w.nope, type);
   const Tensor out = as_tensor(p.out, tokens, heads, w.value, type);
   // ATen's fp16 products are slow on CPUs without fp16 arithmetic, and a latent query rounded to
-  // fp16 may overflow.
-  const at::ScalarType working = type == at::kHalf ? at::kFloat : type;
+  // fp16 may overflow. The two products have the same type.
+  const at::ScalarType working = product_type(product_type(type, w.nope), p.cache.latent);
   const Tensor by_head = q.movedim(2, 0).reshape({heads, tokens.count(), w.nope});
   const Tensor q_latent = at::bmm(by_head.to(working), dense_rows(w.uk().to(working)));
   const Tensor out_latent = uninitialised(q_latent.sizes(), working);
@@ -141,6 +168,8 @@ void attend_multiplying(AttentionParams p, const Projections& w) {
   attention(p, thread_plan(), torch_executor());
   const Tensor values = project(out_latent, dense_rows(w.uv().to(working)));
   out.copy_(values.view({heads, tokens.sequences, tokens.q_len, w.value}).movedim(0, 2));
+  clear_rows_without_keys(call, tokens, w.value, bytes(out_latent),
+                          out_latent.size(2) * item_bytes(out_latent), p.out_type);
 }
 
 }  // namespace

@@ -95,8 +95,8 @@ inline void check_shape(const at::Tensor& t, const char* name, at::IntArrayRef e
 }
 
 inline void check_rows_contiguous(const at::Tensor& t, const char* name) {
-  TORCH_CHECK_VALUE(t.size(-1) <= 1 || t.stride(-1) == 1, name, ": strides ", t.strides(),
-                    ", expected the last dimension to be contiguous (stride 1)");
+  TORCH_CHECK_VALUE(t.size(-1) <= 1 || t.stride(-1) == 1 || t.numel() == 0, name, ": strides ",
+                    t.strides(), ", expected the last dimension to be contiguous (stride 1)");
 }
 
 // Of tokens or rows of one sequence.

@@ -42,10 +42,8 @@ class Expansion {
   Expansion(const AttentionParams& p, const Projections& w)
       : p_(p),
         w_(w),
-        // The kernels' own products take whole words.
-        type_(std::string_view(expanded_arithmetic(p.q_type)) == "bf16" &&
-                      !(p.deterministic && p.cache.latent % 2 != 0)
-                  ? at::kBFloat16
+        type_(std::string_view(expanded_arithmetic(p.q_type)) == "bf16"
+                  ? product_type(at::kBFloat16, p.cache.latent)
                   : at::kFloat),
         item_(type_ == at::kFloat ? 4 : 2),
         nope_(w.nope),

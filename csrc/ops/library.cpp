@@ -164,10 +164,11 @@ void register_functions(torch::Library& m) {
 
 }  // namespace
 
-// Tensors of every backend: those of another than the CPU's own, sparse or quantised ones, reach the
-// checks too, which name the argument. Shapes without data (Meta) are _fake.py's.
+// Tensors of every backend: those of another than the CPU's own, sparse or quantised ones, reach
+// the checks too, which name the argument. Shapes without data (Meta) are _fake.py's.
 TORCH_LIBRARY_IMPL(flashmla, CompositeExplicitAutograd, m) { register_functions(m); }
 TORCH_LIBRARY_IMPL(flashmla, NestedTensorCPU, m) { register_functions(m); }
+TORCH_LIBRARY_IMPL(flashmla, NestedTensorMeta, m) { register_functions(m); }
 TORCH_LIBRARY_IMPL(flashmla, AutogradNestedTensor, m) { register_functions(m); }
 
 TORCH_LIBRARY_IMPL(flashmla, Conjugate, m) { register_lazy(m); }

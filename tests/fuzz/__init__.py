@@ -1,6 +1,7 @@
 """A fuzzer of the operators: valid and hostile calls, at every level of the machine.
 
     python -m tests.fuzz SEED COUNT [--workers N] [--isa NAME] [--sanitize] [--kind KIND]
+    python -m tests.fuzz SEED COUNT --kind threads --tsan
     python -m tests.fuzz --replay SEED:INDEX [--set '{"heads": 1}']
 
 A case is a *spec*, plain data that (seed, index) alone determine (`specs.py`). `build.py` makes the

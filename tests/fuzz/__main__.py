@@ -28,6 +28,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--isa", help="a level, instead of all of the machine")
     parser.add_argument("--kind", choices=list(_KINDS), default="calls")
     parser.add_argument("--sanitize", action="store_true", help="with ASan and UBSan")
+    parser.add_argument("--tsan", action="store_true", help="with TSan, for --kind threads")
     parser.add_argument("--time-limit", type=float, default=30, help="seconds for a case")
     parser.add_argument("--replay", metavar="SEED:INDEX", help="one case, in this process")
     parser.add_argument("--set", default="{}", help="fields of its spec, as JSON")
@@ -38,10 +39,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    if options.sanitize:
+    if options.sanitize or options.tsan:
         from tests.fuzz import sanitize
 
-        sanitize.execute_again()
+        if options.sanitize:
+            sanitize.execute_again(sanitize.ADDRESS, "--sanitize")
+        sanitize.execute_again(sanitize.THREAD, "--tsan")
     if options.replay:
         return replay(options)
     return _KINDS[options.kind](options)

@@ -58,12 +58,13 @@ def environment(spec: Spec, threads: int | None = None) -> Iterator[None]:
     if torch_flash_mla.cpu_isa() != spec["isa"]:
         ops.set_isa(spec["isa"])
     torch.set_num_threads(threads or spec["threads"])
-    torch.use_deterministic_algorithms(spec["deterministic"])
+    # torch.use_deterministic_algorithms() also imports a compiler, to tell it.
+    torch._C._set_deterministic_algorithms(spec["deterministic"])
     ops.set_onednn_least_rows(spec.get("least_rows", 16))
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch._C._set_deterministic_algorithms(False)
         torch.set_num_threads(1)
 
 
@@ -152,9 +153,11 @@ class Snapshot:
     def __init__(self, arguments: dict[str, Any]) -> None:
         self.arguments = arguments
         self.bytes: dict[str, Tensor] = {}
+        self._now: dict[str, Tensor] = {}
         for name, t in arguments.items():
             if readable(t):
-                self.bytes[name] = _bytes_of(t).clone()
+                self._now[name] = _bytes_of(t)
+                self.bytes[name] = self._now[name].clone()
 
     def as_it_was(self, name: str) -> Tensor:
         """The tensor with the values that it had."""
@@ -167,7 +170,7 @@ class Snapshot:
 
     def unchanged(self, after: str, but: tuple[str, ...] = ()) -> None:
         for name, old in self.bytes.items():
-            if name not in but and not torch.equal(_bytes_of(self.arguments[name]), old):
+            if name not in but and not torch.equal(self._now[name], old):
                 raise Wrong("changed", f"{name} was changed by a call that ended with {after}")
 
 
@@ -351,8 +354,11 @@ def _check_append(call: Call, before: Snapshot) -> None:
             cell = cache[slot // page, slot % page].reshape(-1)
             if not any(_same_row(cell, rows[t], name) for t in who):
                 raise Wrong("wrong append", f"{cache_name}: slot {slot} is not what was written")
-            begin, end = extent(cell)
-            untouched[begin - first_byte : end - first_byte] = False
+            # The other part may lie in the same memory, as columns of the same rows.
+            for part in (a[n] for n in parts):
+                if part.untyped_storage().data_ptr() == cache.untyped_storage().data_ptr():
+                    begin, end = extent(part[slot // page, slot % page].reshape(-1))
+                    untouched[max(begin - first_byte, 0) : max(end - first_byte, 0)] = False
         if not torch.equal(old[untouched], now[untouched]):
             raise Wrong("wrong append", f"{cache_name}: bytes outside the slots were written")
 

@@ -101,6 +101,8 @@ def shrink(spec: Spec, fails: Callable[[Spec], bool], most: int = 150) -> Spec:
     while smaller and tries < most:
         smaller = False
         for candidate in candidates(spec):
+            if candidate == spec:
+                continue
             tries += 1
             if tries > most:
                 break

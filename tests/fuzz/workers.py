@@ -25,6 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.fuzz import sanitize
+
 # Seconds of a case, which takes milliseconds (`Worker._too_long`).
 TIME_LIMIT = 30.0
 # Address space of a worker: what asks for more than memory has room for must be told so.
@@ -98,7 +100,7 @@ class Worker:
         faulthandler.enable(sys.stderr)
         warnings.simplefilter("ignore")  # of what torch calls a prototype
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        if "libasan" not in os.environ.get("LD_PRELOAD", ""):
+        if not sanitize.running():  # their shadows are larger than any limit
             resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE, _ADDRESS_SPACE))
         _, done, failed, _ = self.status()
         for index in range(first, self.end):
@@ -182,7 +184,8 @@ class Worker:
         with self.log_path.open(errors="replace") as file:
             file.seek(self._log_size)
             lines = file.read().splitlines()
-        telling = [x for x in lines if "runtime error" in x or "ERROR: " in x]
+        reports = ("runtime error", "ERROR: ", "WARNING: ThreadSanitizer")
+        telling = [x for x in lines if any(report in x for report in reports)]
         frames = [x for x in lines if "flashmla" in x and x.lstrip().startswith("#")]
         return "\n".join((telling + frames)[:8] or lines[:8])
 

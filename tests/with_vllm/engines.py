@@ -14,6 +14,7 @@ import torch
 from programs import ROOT
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers_compare import rounding_cache
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.model_executor.layers.attention.mla_attention import MLAAttention
@@ -21,6 +22,7 @@ from vllm.v1.attention.backends.mla import amx_mla, cpu_mla
 from vllm.v1.attention.backends.mla.prefill.cpu_sdpa import CPUSDPAMLAPrefillBackend
 
 from torch_flash_mla import ops
+from torch_flash_mla.integrations.transformers.compat import CACHE_ARGUMENT
 
 TINY_MODEL = ROOT / "examples" / "tiny_model"
 LAYERS = 4
@@ -94,24 +96,40 @@ def transformers_model(dtype: torch.dtype, path: Path = TINY_MODEL) -> PreTraine
 
 @torch.no_grad()
 def reference_logprobs(
-    model: PreTrainedModel, prompt: Sequence[int], answer: Sequence[int]
+    model: PreTrainedModel,
+    prompt: Sequence[int],
+    answer: Sequence[int],
+    kv_cache_dtype: str = "auto",
 ) -> Tensor:
-    """What transformers says at each token of an answer: float32 [answer, vocabulary]."""
+    """What transformers says at each token of an answer: float32 [answer, vocabulary].
+
+    With a packed format, over rows that were stored in it and read back.
+    """
     tokens = torch.tensor([[*prompt, *answer]])
-    logits = model(tokens[:, :-1], logits_to_keep=len(answer)).logits[0]
+    cache = None
+    if kv_cache_dtype != "auto":
+        cache = rounding_cache(model, "DynamicCache", kv_cache_dtype)
+    arguments = {CACHE_ARGUMENT: cache, "logits_to_keep": len(answer)}
+    logits = model(tokens[:, :-1], **arguments).logits[0]
     return logits.float().log_softmax(-1)
 
 
-def not_greedy(model: PreTrainedModel, outputs: Sequence[RequestOutput], tie: float) -> int:
+def not_greedy(
+    model: PreTrainedModel,
+    outputs: Sequence[RequestOutput],
+    tie: float,
+    kv_cache_dtype: str = "auto",
+) -> int:
     """How many tokens of greedy answers are not those that transformers would have taken.
 
     Args:
         tie: how near the best log-probability a token may come to count as the best.
+        kv_cache_dtype: what both keep their rows in.
     """
     count = 0
     for output in outputs:
         answer = list(output.outputs[0].token_ids)
-        logprobs = reference_logprobs(model, output.prompt_token_ids, answer)
+        logprobs = reference_logprobs(model, output.prompt_token_ids, answer, kv_cache_dtype)
         taken = logprobs.gather(1, torch.tensor(answer)[:, None])[:, 0]
         count += int((logprobs.amax(1) - taken > tie).sum())
     return count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from engines import counted, engine, generate, not_greedy
 from transformers import PreTrainedModel
 from transformers_cases import small_model
 
+import torch_flash_mla
+
 LENGTHS = [1, 5, 33, 200]
 
 
@@ -19,10 +22,26 @@ def prompts(vocabulary: int) -> list[list[int]]:
     return [torch.randint(3, vocabulary, (n,), generator=generator).tolist() for n in LENGTHS]
 
 
+# What config.json of published checkpoints says, vLLM reads, and no transformers writes any more.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "glm4_moe_lite": {"topk_method": "noaux_tc", "first_k_dense_replace": 1},
+    "longcat_flash": {
+        "mla_scale_q_lora": True,
+        "mla_scale_kv_lora": True,
+        "zero_expert_type": "identity",
+    },
+}
+
+
 def saved(folder: Path, family: str, **overrides: Any) -> PreTrainedModel:
     """A small random model, in memory and as a checkpoint."""
     model = small_model(family, **overrides)
     model.save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | PUBLISHED.get(family, {})))
+    # vLLM's backend for transformers changes the class of the model, which then asks for this.
+    model.base_model.do_not_compile = True
     return model
 
 
@@ -32,7 +51,8 @@ CASES = {
     # latent and rope of MiniCPM3, which vLLM runs with MLA through its backend for transformers
     "minicpm3": ("minicpm3", {"kv_lora_rank": 256}, {"model_impl": "transformers"}),
     "glm4_moe_lite": ("glm4_moe_lite", {}, {}),
-    "longcat_flash": ("longcat_flash", {}, {}),
+    # transformers writes weights of experts that do nothing, which vLLM has no place for
+    "longcat_flash": ("longcat_flash", {"zero_expert_num": 0}, {}),
     "odd widths": ("deepseek_v2", {"kv_lora_rank": 88, "qk_rope_head_dim": 20}, {}),
 }
 
@@ -55,8 +75,12 @@ def test_packed_cache_of_other_widths(tmp_path: Path, monkeypatch: pytest.Monkey
     """288 values in 296 bytes, in blocks of a size that is no power of two."""
     model = saved(tmp_path, "deepseek_v2", kv_lora_rank=256)
     options = {"skip_tokenizer_init": True, "max_model_len": 512, "block_size": 48}
-    with engine("q8_kv", model=tmp_path, **options) as llm, counted(monkeypatch) as calls:
+    with (
+        torch_flash_mla.force_isa("scalar"),  # float arithmetic over what is stored
+        engine("q8_kv", model=tmp_path, **options) as llm,
+        counted(monkeypatch) as calls,
+    ):
         outputs = generate(llm, prompts(96), max_tokens=24, detokenize=False)
         assert llm.llm_engine.vllm_config.cache_config.num_gpu_blocks == 2**30 // (2 * 48 * 296)
     assert calls.formats == {"q8_kv"}
-    assert not_greedy(model, outputs, tie=0.3) == 0
+    assert not_greedy(model, outputs, tie=0.1, kv_cache_dtype="q8_kv") == 0

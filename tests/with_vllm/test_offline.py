@@ -112,6 +112,8 @@ def test_prefix_caching() -> None:
     with engine(block_size=16) as llm:
         cold = generate(llm, [shared + first])
         warm = generate(llm, [shared + second])
+        assert metric(llm, "vllm:prefix_cache_hits") == 1000 // 16 * 16
+        assert metric(llm, "vllm:prompt_tokens") == 2000 + 30 + 40
     assert cold[0].num_cached_tokens == 0
     assert warm[0].num_cached_tokens == 1000 // 16 * 16
     assert tokens_of(cold) + tokens_of(warm) == expected

@@ -126,8 +126,7 @@ def _step(figure: Any, rows: list[Row]) -> None:
         ax.set_xticks(range(len(shapes)), [f"{b} x {n} keys" for b, n in shapes])
         ax.set_ylim(0, 1.12)
         ax.set_yticks([0, 0.5, 1], ["0", "50 %", "100 %"])
-        ax.set_title(f"{heads} heads, {isa}: part of the time, above it that of the floor",
-                     fontsize=10)  # fmt: skip
+        ax.set_title(f"{heads} heads, {isa}; above the bars: share of the floor", fontsize=10)
     for name, shade in parts.items():
         axes[0].bar(0, 0, color=shade, label=name)
     handles = axes[0].get_legend_handles_labels()

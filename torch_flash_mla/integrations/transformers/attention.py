@@ -36,7 +36,7 @@ from torch_flash_mla.integrations.transformers.selection import (
     expand,
     passes_latents,
 )
-from torch_flash_mla.integrations.transformers.weights import kv_b_weight
+from torch_flash_mla.integrations.transformers.weights import kv_b_weight, reading
 
 Mask: TypeAlias = Tensor | BlockMask | None
 
@@ -126,6 +126,13 @@ def mla_attention_forward(
                 )
             mask = _causal_by_length(cached, query.shape[2], key.shape[2])
         if cached is not None:
+            if cached.context is not None:
+                raise NotImplementedError(
+                    "an MLACache with a process_group has neither dropout nor attention weights, "
+                    "and kv_b_proj must be a matrix (this one: "
+                    f"{reading(module.kv_b_proj, key.shape[3], query.dtype)}; with tp_plan it is "
+                    "none): no process holds all keys"
+                )
             key, value = cached.gather(key.shape[2], query.dtype)
         key, value = expand(module, key, value)
         return _stock_attention(
@@ -154,6 +161,22 @@ def _mla_attention(
     """One call of ``mla_attention_kv_b`` over pages or plain tensors: out [B, Sq, H, V]."""
     q_length, head_dim = query.shape[2:]
     rope_dim = value.shape[3]
+    head_dim_v = weight.shape[1] - (head_dim - rope_dim)  # V = (P + V) - P
+    scale = head_dim**-0.5 if scaling is None else scaling
+    sink = None if s_aux is None else s_aux.float()
+    if cached is not None and cached.context is not None:
+        return cached.context.attend(
+            cached,
+            query.transpose(1, 2),
+            weight,
+            head_dim_v,
+            scale,
+            key.shape[2],
+            mask,
+            is_causal,
+            indices,
+            sink,
+        )
     if cached is not None:
         kv_cache, k_pe_cache, kv_cache_dtype = cached.kv_cache(), None, cached.kv_cache_dtype
         block_table, cache_seqlens = cached.block_table(), cached.cache_seqlens()
@@ -173,12 +196,12 @@ def _mla_attention(
         block_table,
         cache_seqlens,
         weight,
-        weight.shape[1] - (head_dim - rope_dim),  # V = (P + V) - P
-        head_dim**-0.5 if scaling is None else scaling,
+        head_dim_v,
+        scale,
         causal=mask is None and is_causal,  # the masks of transformers contain causality
         attn_mask=mask,
         indices=indices,
-        attn_sink=None if s_aux is None else s_aux.float(),
+        attn_sink=sink,
         k_pe_cache=k_pe_cache,
         kv_cache_dtype=kv_cache_dtype,
     )

@@ -46,6 +46,7 @@ from torch_flash_mla.cache import MOST_SEQUENCES, MOST_TOKENS, PagedLatentCache
 from torch_flash_mla.integrations.transformers import layer_state
 from torch_flash_mla.integrations.transformers.compat import CACHE_ARGUMENT as CACHE_ARGUMENT
 from torch_flash_mla.integrations.transformers.compat import STORES_NOTHING
+from torch_flash_mla.integrations.transformers.context_parallel import ContextShare
 from torch_flash_mla.integrations.transformers.fingerprint import (
     decoder_config,
     difference,
@@ -63,6 +64,9 @@ class Pages:
     # Whether each sequence ends at its own length and sees its own tokens only: masks that
     # transformers makes for a batch of one width do not apply.
     causal_by_length = False
+
+    # The share of the context that the pages hold, where other processes hold the rest.
+    context: ContextShare | None = None
 
     @property
     def kv_cache_dtype(self) -> str:
@@ -127,6 +131,7 @@ class _SharedPages:
         block_size: int,
         max_cache_len: int | None,
         max_batch: int,
+        context: ContextShare | None,
     ) -> None:
         self.num_layers = num_layers
         self.dtype = dtype
@@ -134,8 +139,11 @@ class _SharedPages:
         self.block_size = block_size
         self.max_cache_len = max_cache_len
         self.max_batch = max_batch
+        self.context = context
+        self.context_length = 0  # of which ``paged`` holds a share; not counted without a context
         self.copies, self.copied_tokens = 1, 0  # rows that come equal, for how many tokens
         self.leader: int | None = None  # index of the layer that comes first in a step
+        self.written: tuple[int, ...] = ()  # layers that have their rows of the present step
         self.carrier_is_out = False  # no attention has taken it yet
         self.paged: PagedLatentCache | None = None
 
@@ -166,6 +174,10 @@ class LatentPages(Pages, CacheLayerMixin):
 
     def attach(self, pages: _SharedPages, index: int) -> None:
         self.pages, self.index = pages, index
+
+    @property
+    def context(self) -> ContextShare | None:  # type: ignore[override]
+        return self.pages.context
 
     @property
     def is_leader(self) -> bool:
@@ -230,9 +242,11 @@ class LatentPages(Pages, CacheLayerMixin):
                 "model that stays stock needs a cache of transformers. (If a call was interrupted, "
                 "reset() the cache.)"
             )
-        first = self.pages.leader is None
+        first, compiling = self.pages.leader is None, torch.compiler.is_compiling()
+        if not (first or self.is_leader or compiling):
+            self._check_step()
         begins = first or self.is_leader or not self.is_initialized
-        guarded = begins and not torch.compiler.is_compiling()
+        guarded = begins and not compiling
         with self._unchanged_on_error() if guarded else contextlib.nullcontext():
             if first:
                 self.pages.leader = self.index
@@ -241,9 +255,15 @@ class LatentPages(Pages, CacheLayerMixin):
             paged = self._paged
             rows = key_states[:, 0].to(paged.dtype), value_states[:, 0].to(paged.dtype)
             if self.is_leader:
-                self._reserve(key_states.shape[0], key_states.shape[2])
-            paged.append(self.index, *rows)
+                self._reserve(rows[0])
+            paged.append(self.index, *self._kept(rows))
             self.keys, self.values = self._carriers()
+        # What raised above may be repeated. A leader that is compiled begins steps of layers that
+        # are not.
+        if self.is_leader:
+            self.pages.written = (self.index,)
+        elif not compiling:
+            self.pages.written += (self.index,)
         self.pages.carrier_is_out = True
         # Not self.keys itself: a cycle would keep the pages until the garbage collector comes.
         return self.carriers(self._nan, paged.batch, self._carrier_length())
@@ -255,9 +275,18 @@ class LatentPages(Pages, CacheLayerMixin):
         self._make_carrier(self.dtype)
         self.keys, self.values = self._carriers()
 
-    def _reserve(self, batch: int, tokens: int) -> None:
-        """Makes room for a step, in all layers."""
-        paged = self._paged
+    def _check_step(self) -> None:
+        """Refuses rows of a step that the leader has not begun: there is no room for them."""
+        if self.index in self.pages.written:
+            raise RuntimeError(
+                f"pool {self.index} of an MLACache got rows twice since pool {self.pages.leader}, "
+                "which came first, got any: a cache serves one model, or the same part of it"
+            )
+
+    def _reserve(self, rows: Tensor) -> None:
+        """Makes room for a step, in all layers: ``rows`` are the latents [B, T, L] of this one."""
+        paged, pages = self._paged, self.pages
+        batch, tokens = rows.shape[:2]
         if paged.batch == 0 and batch > paged.max_batch:  # reset, then used with more sequences
             paged.reset(batch)
         if paged.batch not in (0, batch):
@@ -265,7 +294,23 @@ class LatentPages(Pages, CacheLayerMixin):
                 f"the cache holds {paged.batch} sequences, but {batch} came: use fork(n) for n "
                 "continuations of each, or reset() to begin anew"
             )
-        paged.reserve(batch, tokens, self._copies(tokens))
+        copies = self._copies(tokens)
+        if pages.context is None:
+            paged.reserve(batch, tokens, copies)
+            return
+        first, last = pages.context_length, pages.context_length + tokens
+        pages.context.compare_step(rows, first)
+        paged.reserve(batch, len(pages.context.positions(first, last)), copies)
+        pages.context_length = last
+
+    def _kept(self, rows: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Those of the step's rows [B, T, L] and [B, T, R] that this process keeps."""
+        context, last = self.pages.context, self.pages.context_length
+        if context is None:
+            return rows
+        first = last - rows[0].shape[1]
+        kept = context.positions(first, last) - first
+        return rows[0][:, kept], rows[1][:, kept]
 
     @contextlib.contextmanager
     def _unchanged_on_error(self) -> Iterator[None]:
@@ -329,7 +374,10 @@ class GrowingLatentLayer(LatentPages, DynamicLayer):
     """Grows with the text: lengths are read as Python ints, as those of a DynamicCache are."""
 
     def get_seq_length(self) -> int:
-        return int(self.cache_seqlens()[0]) if self._filled else 0
+        if not self._filled:
+            return 0
+        pages = self.pages
+        return int(self.cache_seqlens()[0]) if pages.context is None else pages.context_length
 
     def _carrier_length(self) -> int:
         return self.get_seq_length()
@@ -380,9 +428,11 @@ class MLACache(Cache):
         layers: indices of the MLA layers; None takes every layer with full or indexed attention.
         max_batch: with ``max_cache_len``, room for this many sequences at least: those that
             ``fork`` will make of fewer.
+        process_group: the processes that keep one context together, each a share of its pages; see
+            docs/context_parallel.md. Every one of them runs the same model on the same tokens.
 
     Raises:
-        TypeError: a size that is no integer.
+        TypeError: a size that is no integer, a group that is none.
         ValueError: a size, format or dtype that cannot be, or layers that turn out not to be MLA;
             mostly at the first use, which shows dims and dtype.
     """
@@ -396,9 +446,16 @@ class MLACache(Cache):
         dtype: torch.dtype | None = None,
         layers: Iterable[int] | None = None,
         max_batch: int = 1,
+        process_group: Any = None,
     ) -> None:
         block_size = integer("block_size", block_size, 1, MOST_TOKENS)
         max_batch = integer("max_batch", max_batch, 1, MOST_SEQUENCES)
+        context = None if process_group is None else ContextShare(process_group, block_size)
+        if context is not None and max_cache_len is not None:
+            raise ValueError(
+                f"max_cache_len: got {max_cache_len} with a process_group, whose caches grow: a "
+                "compiled step cannot exchange results with other processes"
+            )
         text_config = config.get_text_config(decoder=True)
         arguments: dict[str, int] = {}
         ours: dict[type, type[LatentPages]]
@@ -422,7 +479,13 @@ class MLACache(Cache):
             teach_selection()  # the model may select the attention by its name
         replaced = [i for i, layer in enumerate(stock) if i in wanted and type(layer) in ours]
         self.pages = _SharedPages(
-            len(replaced), dtype, kv_cache_dtype, block_size, max_cache_len, max_batch
+            len(replaced),
+            dtype,
+            kv_cache_dtype,
+            block_size,
+            max_cache_len,
+            max_batch,
+            None if context is None or context.size == 1 else context,
         )
         self._shared_prefix: tuple[int, int] | None = None  # copies, tokens, after a fork
         for index, i in enumerate(replaced):
@@ -440,6 +503,12 @@ class MLACache(Cache):
     def bytes_per_token(self) -> int:
         """Bytes of one token in all MLA layers; 0 before the first use."""
         return 0 if self.pages.paged is None else self.pages.paged.bytes_per_token
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes that this process has sent to each other one of its ``process_group`` for
+        attention."""
+        return 0 if self.pages.context is None else self.pages.context.bytes_sent
 
     @property
     def batch_size(self) -> int:
@@ -531,7 +600,11 @@ class MLACache(Cache):
         with layer_state.unchanged_on_error(self.layers):
             super().crop(tokens_to_remove)
             paged = self.pages.paged
-            if tokens_to_remove < 0 and paged is not None:
+            if self.pages.context is not None and paged is not None:
+                length = max(0, self.pages.context_length + tokens_to_remove)
+                paged.truncate(self.pages.context.count(length))
+                self.pages.context_length = length
+            elif tokens_to_remove < 0 and paged is not None:
                 lengths = paged.cache_seqlens[: paged.batch] + tokens_to_remove
                 paged.truncate(lengths.clamp(min=0))
 
@@ -546,6 +619,7 @@ class MLACache(Cache):
     def reset(self) -> None:
         if self.pages.paged is not None:
             self.pages.paged.reset()  # what may fail comes first
+        self.pages.context_length = 0
         self.pages.leader = None
         self._shared_prefix = None
         super().reset()
@@ -612,6 +686,7 @@ class MLACache(Cache):
             "pages": pages,
             "model": fingerprint(model),
             "shared_prefix": self._shared_prefix,
+            "context": self._share(),
             "layers": [i for i, layer in enumerate(self.layers) if isinstance(layer, LatentPages)],
             "states": [
                 layer_state.encode(layer, f"layer.{i}", _of_pages(layer), contents)
@@ -620,9 +695,21 @@ class MLACache(Cache):
         }
         _cache_file.write(path, "MLACache", header, contents)
 
+    def _share(self) -> dict[str, int] | None:
+        """Which share of how many tokens this is."""
+        context, length = self.pages.context, self.pages.context_length
+        if context is None:
+            return None
+        return {"rank": context.rank, "size": context.size, "length": length}
+
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], model: Any, mmap: bool = False, verify: bool = True
+        cls,
+        path: str | os.PathLike[str],
+        model: Any,
+        mmap: bool = False,
+        verify: bool = True,
+        process_group: Any = None,
     ) -> MLACache:
         """The cache of a file that :meth:`save` wrote. It can grow, be cropped, forked and saved;
         the file stays as it is.
@@ -633,11 +720,14 @@ class MLACache(Cache):
             mmap: map the file instead of reading it; see
                 :meth:`torch_flash_mla.PagedLatentCache.load`.
             verify: compare every tensor with its checksum; see there.
+            process_group: for the file of a rank: a group of as many, in which this process has the
+                same rank.
 
         Raises:
             OSError: the file cannot be opened or read.
-            ValueError: no such file, of another version, damaged, or made by another model; the
-                message says where, or how the models differ. Or TORCH_FLASH_MLA_DISABLE is set.
+            ValueError: no such file, of another version, damaged, made by another model, or the
+                share of another rank; the message says where, or how they differ. Or
+                TORCH_FLASH_MLA_DISABLE is set.
             RuntimeError, MemoryError: no memory for it.
         """
         _refuse_if_disabled("load")
@@ -656,12 +746,14 @@ class MLACache(Cache):
                 paged.dtype,
                 fields.integers("layers", 0, config.num_hidden_layers - 1),
                 paged.max_batch,
+                process_group,
             )
             if cache.pages.num_layers != paged.num_layers:
                 raise ValueError(f"pools of {paged.num_layers} of {cache.pages.num_layers} layers")
             if paged.batch == 0:
                 raise ValueError("lengths: no sequences")
             cache.pages.paged = paged
+            cache._take_share(fields["context"])
             if header["shared_prefix"] is not None:
                 copies, prefix = fields.integers("shared_prefix", 0, MOST_TOKENS)
                 if copies == 0 or paged.batch % copies:
@@ -678,6 +770,30 @@ class MLACache(Cache):
                 if isinstance(layer, LatentPages) and layer.is_initialized:
                     layer._restore_carriers()
         return cache
+
+
+    def _take_share(self, stored: Any) -> None:
+        """Compares the share of a file with that of this process."""
+        fields = None if stored is None else _cache_file.Fields(stored, "context")
+        share = "all of it"
+        if fields is not None:
+            rank, size = fields.integer("rank", 0), fields.integer("size", 1)
+            share = f"the share of rank {rank} of {size}"
+        context, here = self.pages.context, "all of it"
+        if context is not None:
+            here = f"the share of rank {context.rank} of {context.size}"
+        if share != here:
+            raise _cache_file.RefusedFile(
+                f"it holds of its context {share}, and this process keeps {here}: every rank loads "
+                "its own file, with a process_group of as many ranks as there were"
+            )
+        if fields is None or context is None:
+            return
+        length, paged = fields.integer("length", 0, MOST_TOKENS), self.pages.paged
+        assert paged is not None
+        if paged.cache_seqlens[: paged.batch].tolist() != [context.count(length)] * paged.batch:
+            raise ValueError(f"context.length: got {length}, which is not that of the pages")
+        self.pages.context_length = length
 
 
 def _refuse_if_disabled(what: str) -> None:

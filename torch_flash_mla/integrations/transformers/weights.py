@@ -18,6 +18,8 @@ Copies live outside of the modules: state_dict, deepcopy and pickling never see 
 from __future__ import annotations
 
 import enum
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
@@ -227,10 +229,13 @@ class _Held:
             return tuple([(key, self._look(entry)) for key, entry in value.items()])
         if isinstance(value, (set, frozenset)):
             return frozenset(map(self._look, value))
-        if hasattr(value, "__dict__") and _package(kind) in self._packages and not callable(value):
-            self._seen[id(value)] = value
-            return kind, self._look(vars(value))
-        return id(value)
+        if _package(kind) in self._packages and not callable(value):
+            attributes = {x: getattr(value, x) for x in _slots(kind) if hasattr(value, x)}
+            attributes.update(getattr(value, "__dict__", {}))
+            if attributes:
+                self._seen[id(value)] = value
+                return kind, self._look(attributes)
+        return _Same(value)
 
     def _look_at_tensor(self, tensor: Tensor) -> Any:
         self.trainable |= tensor.requires_grad
@@ -254,6 +259,32 @@ class _Held:
     def contents(self) -> list[_Checksum]:
         """Checksums of all tensors, comparable."""
         return [_Checksum(tensor) for tensor in self.tensors]
+
+
+class _Same:
+    """Equal to another one of the same object, as long as that lives: addresses come again."""
+
+    def __init__(self, value: Any) -> None:
+        try:
+            self._value: Callable[[], Any] = weakref.ref(value)
+        except TypeError:
+            self._value = lambda: value
+        self._hash = id(value)
+
+    def __eq__(self, other: object) -> bool:
+        value = self._value()
+        return isinstance(other, _Same) and value is not None and value is other._value()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+def _slots(cls: type[Any]) -> Iterator[str]:
+    for base in cls.__mro__:
+        names = vars(base).get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else names:
+            if name not in ("__dict__", "__weakref__"):
+                yield name
 
 
 def _has_memory(tensor: Tensor) -> bool:
