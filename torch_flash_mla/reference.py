@@ -300,7 +300,7 @@ def sequence_rows(
             position = torch.arange(length)
             block = block_table[sequence].long()[position // cache.shape[1]]
             parts.append(cache[block, position % cache.shape[1]])
-    if kv_cache_dtype != "auto":
+    if kv_cache_dtype in PACKED_FORMATS:
         return decode_rows(parts[0], kv_cache_dtype, latent_dim, head_dim - latent_dim).double()
     return torch.cat([part.double() for part in parts], dim=-1)
 

@@ -11,6 +11,7 @@
 #include "kernels/call/visible.h"
 #include "ops/checks.h"
 #include "ops/forms.h"
+#include "ops/interrupt.h"
 #include "ops/parallel.h"
 
 namespace flashmla {
@@ -49,7 +50,7 @@ struct PartTokens {
 // tokens of one. The parts of a sequence that has more do not depend on the others.
 template <class Attend>
 void for_each_part(const AttentionParams& p, int64_t most, const Attend& attend) {
-  for (int32_t begin = 0, end = 0; begin < p.batch; begin = end) {
+  for (int32_t begin = 0, end = 0; begin < p.batch && !interrupted(); begin = end) {
     int64_t tokens = query_tokens(p, begin).count;
     for (end = begin + 1; end < p.batch; ++end) {
       const int64_t next = query_tokens(p, end).count;
@@ -61,7 +62,7 @@ void for_each_part(const AttentionParams& p, int64_t most, const Attend& attend)
       if (tokens > 0) attend(part);
       continue;
     }
-    for (int64_t at = 0; at < tokens; at += most) {
+    for (int64_t at = 0; at < tokens && !interrupted(); at += most) {
       part.token_begin = static_cast<int32_t>(at);
       part.token_end = static_cast<int32_t>(std::min(at + most, tokens));
       attend(part);

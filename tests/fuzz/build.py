@@ -198,6 +198,8 @@ def _attention(spec: Spec, rng: random.Random) -> Call:
                 arguments[name] = strided(t)
     call = Call(spec, "mla_attention_kv_b" if kv_b else "mla_attention", arguments)
     call.ordinary = spec["logits"]["kind"] in ("normal", "peaky", "sink") and spec["scale"] == 1
+    if spec["indices"] and spec["indices"]["kind"] != "some":
+        call.ordinary = False  # the weights of a key that is listed again and again round alike
     if spec["sink"] == "large" or (spec["mask"] and spec["mask"]["low"] < -1e5):
         call.ordinary = False  # next to nothing is left of some rows, or of their logits
     return call
@@ -696,9 +698,10 @@ def _huge(spec: Spec, rng: random.Random) -> Call:
             },
         )
     if what == "merge":
-        # out of this size has no room anywhere, unless it is empty.
-        out = torch.ones(1, 1, 1, 1).expand(1, min(size, 2**55), 1, rng.choice([0, 1]))
-        lse = torch.zeros(1, 1, 1).expand(1, 1, min(size, 2**55))
+        # Results of this size have no room in a worker's address space.
+        tokens = min(max(size, 2**31 - 129), 2**55)
+        out = torch.ones(1, 1, 1, 1).expand(1, tokens, 1, rng.choice([0, 1]))
+        lse = torch.zeros(1, 1, 1).expand(1, 1, tokens)
         return Call(spec, "merge_attn_states", dict(out_a=out, out_b=out, lse_a=lse, lse_b=lse))
     arguments |= {"head_dim_v": latent, "softmax_scale": 0.25, "causal": spec["causal"]}
     if what in ("rows", "tokens", "heads", "batch"):

@@ -354,8 +354,11 @@ def _check_append(call: Call, before: Snapshot) -> None:
             cell = cache[slot // page, slot % page].reshape(-1)
             if not any(_same_row(cell, rows[t], name) for t in who):
                 raise Wrong("wrong append", f"{cache_name}: slot {slot} is not what was written")
-            begin, end = extent(cell)
-            untouched[begin - first_byte : end - first_byte] = False
+            # The other part may lie in the same memory, as columns of the same rows.
+            for part in (a[n] for n in parts):
+                if part.untyped_storage().data_ptr() == cache.untyped_storage().data_ptr():
+                    begin, end = extent(part[slot // page, slot % page].reshape(-1))
+                    untouched[max(begin - first_byte, 0) : max(end - first_byte, 0)] = False
         if not torch.equal(old[untouched], now[untouched]):
             raise Wrong("wrong append", f"{cache_name}: bytes outside the slots were written")
 
