@@ -253,13 +253,13 @@ def test_a_level_is_forced() -> None:
     assert fuzz("2", "50", "--isa", "scalar", timeout=300) == "50 passed"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_many_calls() -> None:
     workers = str(os.cpu_count() or 1)
     assert fuzz("3", "20000", "--workers", workers, timeout=1500) == "20000 passed"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # compiles every level with sanitizers, ten minutes on two cores
 def test_sanitized_calls() -> None:
     workers = str(os.cpu_count() or 1)
     arguments = ("4", "3000", "--workers", workers, "--sanitize")
