@@ -259,7 +259,7 @@ def test_many_calls() -> None:
     assert fuzz("3", "20000", "--workers", workers, timeout=1500) == "20000 passed"
 
 
-@pytest.mark.exhaustive  # compiles every level with sanitizers, ten minutes on two cores
+@pytest.mark.exhaustive  # compiles every level with sanitizers
 def test_sanitized_calls() -> None:
     workers = str(os.cpu_count() or 1)
     arguments = ("4", "3000", "--workers", workers, "--sanitize")

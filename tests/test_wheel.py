@@ -3,7 +3,8 @@ the libraries of other series of torch, run on that series' libtorch without Pyt
 
 `make test-wheel` is this for every series, or for SERIES='2.10 2.12'. Without it, in
 `make test SLOW=1`, it is for the installed one: each of the others costs a minute of compiling on
-two cores and, the first time, a download of up to a gigabyte by tools/fetch_torch.py. `make test TORCH=2.14.1` is what tests the Python side beside another torch.
+two cores and, the first time, a download of up to a gigabyte by tools/fetch_torch.py.
+`make test TORCH=2.14.1` is what tests the Python side beside another torch.
 """
 
 from __future__ import annotations
