@@ -243,8 +243,11 @@ class TestDisabled:
         with pytest.raises(ValueError, match="TORCH_FLASH_MLA_DISABLE is set"):
             MLACache.load(tmp_path / "cache", stock)
 
-    def test_selection_by_name_is_stock(self, ids: Tensor, tmp_path: Path) -> None:
-        stock = small_model("youtu")  # no other test selects this family
+    def test_selection_by_name_is_stock(self, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+        stock = small_model("youtu")
+        layer = next(type(m) for m in stock.modules() if hasattr(m, "expand_kv"))
+        untaught = getattr(layer.expand_kv, "_stock", layer.expand_kv)  # as in a new process
+        monkeypatch.setattr(layer, "expand_kv", untaught)
         named = copy.deepcopy(stock)
         named.set_attn_implementation("mla_cpu")
         assert torch.equal(steps(named, ids), steps(stock, ids))
