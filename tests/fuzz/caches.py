@@ -427,9 +427,11 @@ class LatentMachine(Machine):
                 self.call(lambda layer=layer: self.update(layer, new, 0))
                 pool, self.texts = 1, after
             else:  # the tokens are reserved: a layer that fails is run again
-                with contextlib.suppress(Injected), _Failure(OutOfMemory, self.draw.randint(1, 6)):
+                try:
+                    with _Failure(OutOfMemory, self.draw.randint(1, 6)):
+                        self.update(layer, new, pool)
+                except Injected:
                     self.update(layer, new, pool)
-                self.update(layer, new, pool)
                 pool += 1
             if kind == "indexed_attention":
                 self.cache.update_indexer(_rows(new, 3), layer)
