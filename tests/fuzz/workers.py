@@ -129,11 +129,11 @@ class Worker:
             file.write(json.dumps(asdict(failure)) + "\n")
 
     def new_failures(self) -> list[Failure]:
-        """Those written since the last call."""
-        with self.failures_path.open() as file:
+        """Those written since the last call, but for a line that is being written."""
+        with self.failures_path.open("rb") as file:
             file.seek(self._read)
-            lines = file.readlines()
-            self._read = file.tell()
+            lines = [line for line in file if line.endswith(b"\n")]
+        self._read += sum(map(len, lines))
         return [Failure(**json.loads(line)) for line in lines]
 
     def poll(self, time_limit: float) -> Failure | bool | None:
