@@ -37,6 +37,10 @@ _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
 
+# The operator new of ASan ends the process where the real one throws, and the call is refused.
+NO_MEMORY = "AddressSanitizer: allocator is out of memory"
+
+
 @dataclass
 class Failure:
     index: int
@@ -154,10 +158,13 @@ class Worker:
         else:
             status = os.waitstatus_to_exitcode(code)
             reason = f"died: {signal.Signals(-status).name}" if status < 0 else "died: exit"
+        words = self._last_words()
+        if NO_MEMORY in words:
+            reason = NO_MEMORY
         self.done += 1
-        self.failed += 1
+        self.failed += reason != NO_MEMORY
         spec = json.loads(text) if text else None
-        return Failure(index, reason, self._last_words(), spec)
+        return Failure(index, reason, words, spec)
 
     def _too_long(self, index: int, time_limit: float) -> bool:
         """Whether the case has had its time: of processors, or five times as much of the clock.
@@ -220,7 +227,8 @@ def run(
                 over = worker.poll(time_limit)
                 yield from worker.new_failures()
                 if isinstance(over, Failure):
-                    yield over
+                    if over.kind != NO_MEMORY:
+                        yield over
                     over = not worker.go_on(over.index)
                 if over:
                     alive.remove(worker)
