@@ -237,6 +237,11 @@ def mla_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [module for module in model.modules() if hasattr(type(module), "expand_kv")]
 
 
+def kv_b(model: torch.nn.Module) -> list[Any]:
+    """The kv_b_proj of each MLA layer."""
+    return [layer.kv_b_proj for layer in mla_layers(model)]
+
+
 TINY_MODEL = Path(__file__).resolve().parents[1] / "examples" / "tiny_model"
 
 
