@@ -209,16 +209,22 @@ def same_bits(x: Tensor, y: Tensor) -> bool:
 
 
 def _check_table(call: Call, out: Tensor, expected: list[oracle.Expected]) -> None:
-    """The bounds of mla_cases.py, for sequences of enough numbers to average rounding."""
+    """The bounds of mla_cases.py, for sequences of enough numbers to average rounding.
+
+    They were measured on logits of a few units. Rows whose keys all carry a bias of thousands are
+    left out, where float32 cannot hold a logit that exactly.
+    """
     a = call.arguments
     how = oracle.precision(a, call.spec["isa"])
     if how.cache_format in PACKED_FORMATS or a["q"].numel() == 0:
         return
-    bound = mla_cases.FLOAT_ERROR[a["q"].dtype] * (1 if how.projections is None else 4)
+    bound = mla_cases.FLOAT_ERROR[a["q"].dtype]
+    limit = oracle.largest_logit(bound)
+    bound *= 1 if how.projections is None else 4
     outs = oracle.to_numpy(out.detach())
     for b, (tokens, e) in enumerate(zip(oracle.query_tokens(a), expected, strict=True)):
         mine = outs[tokens] if how_ragged(a) else outs[b]
-        usable = (e.status == oracle.FINITE)[:, :, None]
+        usable = ((e.status == oracle.FINITE) & (np.abs(e.lse) <= limit))[:, :, None]
         if usable.sum() * mine.shape[2] < 2000 or mine.shape[2] < 16:
             continue
         error = np.linalg.norm(np.where(usable, mine - e.out, 0))
@@ -233,7 +239,10 @@ def how_ragged(a: dict[str, Any]) -> bool:
 
 
 def _check_gradients(call: Call) -> None:
-    """Against autograd through float64, where what a query does not see takes no part."""
+    """Against autograd through float64, where what a query does not see takes no part.
+
+    Nor do rows whose logits float32 cannot hold exactly enough for the tolerance (`_check_table`).
+    """
     a, spec = call.arguments, call.spec
     poison = spec["poison_seen"] or spec["poison_query"] or spec.get("poison_weight")
     if a["q"].numel() == 0 or poison or not call.ordinary:
@@ -243,7 +252,9 @@ def _check_gradients(call: Call) -> None:
     names = [n for n in names if a.get(n) is not None]
     draw = random.Random(spec["data"])
     chosen = [n for n in names if draw.random() < 0.6] or names[:1]
-    gradients = []
+    half = a["q"].dtype != torch.float32 or a["kv_cache"].dtype in (torch.bfloat16, torch.float16)
+    tolerance = 4e-3 if half else 1e-5
+    gradients, far = [], None
     for double in (False, True):
         leaves = {n: a[n].detach().clone() for n in names}
         if double:
@@ -255,13 +266,14 @@ def _check_gradients(call: Call) -> None:
         else:
             with environment(spec):
                 out, lse = function(call)(**{**a, **leaves})
+        if far is None:
+            far = lse.isfinite() & (lse.abs() > oracle.largest_logit(tolerance))
         # Numbers that are the same in 16 bits.
         weight = (torch.arange(out.numel()) * 37 % 65 - 32).double().view(out.shape) / 32
+        weight = weight.masked_fill(far.transpose(-1, -2).unsqueeze(-1), 0)
         loss = (out.double() * weight).sum()
-        loss = loss + lse.double().masked_fill(lse == -torch.inf, 0).sum()
+        loss = loss + lse.double().masked_fill(far | (lse == -torch.inf), 0).sum()
         gradients.append(torch.autograd.grad(loss, [leaves[n] for n in chosen], allow_unused=True))
-    half = a["q"].dtype != torch.float32 or a["kv_cache"].dtype in (torch.bfloat16, torch.float16)
-    tolerance = 4e-3 if half else 1e-5
     for n, actual, expected in zip(chosen, *gradients, strict=True):
         if actual is None:
             actual = torch.zeros_like(a[n])
