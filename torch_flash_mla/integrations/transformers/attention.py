@@ -36,6 +36,11 @@ from torch_flash_mla.integrations.transformers.selection import (
     expand,
     passes_latents,
 )
+from torch_flash_mla.integrations.transformers.shared_keys import (
+    is_shared,
+    shared_attention,
+    shares_keys,
+)
 from torch_flash_mla.integrations.transformers.weights import kv_b_weight, reading
 
 Mask: TypeAlias = Tensor | BlockMask | None
@@ -102,8 +107,13 @@ def mla_attention_forward(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
 
-    if is_mla(module):
+    shared = shares_keys(module) and is_shared(key, value)
+    if is_mla(module) or shared:
         _refuse_unsupported(kwargs)
+    if shared:
+        if dropout == 0.0 and not wants_weights and query.dtype != torch.float64:
+            return shared_attention(query, key, attention_mask, scaling, s_aux), None
+        is_causal = False  # without a mask these layers see every key
     # Latents have one head; a class may learn the name while another thread is between the two.
     if not passes_latents(module) or key.shape[1] == query.shape[1] > 1:
         return _stock_attention(
