@@ -39,8 +39,8 @@ from transformers_compare import (
 from torch_flash_mla.formats import PACKED_FORMATS
 from torch_flash_mla.integrations.transformers import patch
 
-# Plain; one key head that is its value; odd head count; sparse with sinks; sparse, layers share keys
-# or have no rope; dims differ per layer, with a sliding window.
+# Plain; one key head that is its value; odd head count; sparse with sinks; sparse, layers share
+# keys or have no rope; dims differ per layer, with a sliding window.
 FAST_FAMILIES = (
     "deepseek_v3",
     "deepseek_v4",
@@ -55,8 +55,7 @@ ModelOf = Callable[[str], PreTrainedModel]
 
 
 def cases(what: Any, fast: Callable[[str, str], bool], but: tuple[str, ...] = ()) -> list[Any]:
-    """Every family ``but`` some with every entry of ``what``; those that are not ``fast`` are marked
-    slow."""
+    """Every family (``but`` some) with every entry of ``what``; all but ``fast`` ones are slow."""
     untrained = not (TINY_MODEL / "model.safetensors").exists()
     skip = pytest.mark.skipif(untrained, reason="examples/tiny_model has no weights")
     params = []

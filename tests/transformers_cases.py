@@ -163,7 +163,7 @@ _VISION: dict[str, dict[str, Any]] = {
 
 
 _MODELS = Path(transformers.__file__).parent / "models"
-_CACHES_LATENTS = re.compile(r"def expand_kv|\.update\((\w+), \1,")
+_CACHES_ONE_TENSOR = re.compile(r"\.update\((\w+), \1,")
 
 
 @functools.cache
@@ -175,7 +175,8 @@ def _found() -> dict[str, tuple[str, str]]:
     classes = {
         name
         for file in _MODELS.glob("*/modeling_*.py")
-        if _CACHES_LATENTS.search(text := file.read_text(encoding="utf-8"))
+        if "def expand_kv" in (text := file.read_text(encoding="utf-8"))
+        or _CACHES_ONE_TENSOR.search(text)
         for name in re.findall(r"^class (\w+)\(", text, re.MULTILINE)
     }
     with_text_part = re.compile("|".join(f'"{kind}"' for kind in causal if causal[kind] in classes))
@@ -199,16 +200,15 @@ def families() -> tuple[str, ...]:
     return tuple(sorted(family for family in _found() if family not in refused_families()))
 
 
+@functools.cache
 def shared_key_families() -> tuple[str, ...]:
     """Those of them whose one key head is its value: they keep caches of transformers."""
-    return tuple(
-        family
-        for family in families()
-        if re.search(
-            r"\.update\((\w+), \1,",
-            (_MODELS / family / f"modeling_{family}.py").read_text(encoding="utf-8"),
-        )
-    )
+    sharing = {
+        file.parent.name
+        for file in _MODELS.glob("*/modeling_*.py")
+        if _CACHES_ONE_TENSOR.search(file.read_text(encoding="utf-8"))
+    }
+    return tuple(family for family in families() if family in sharing)
 
 
 def refused_families() -> tuple[str, ...]:

@@ -320,8 +320,8 @@ def _ignore_selection(
     return call(q, *args, **{**kwargs, "indices": None})
 
 
-# The same for layers of shared keys, whose masks are those of padding (the lowest number) and, behind
-# them, those of compressed entries (minus infinity).
+# The same for layers of shared keys, whose masks are those of tokens (the lowest number) and behind
+# them, those of compressed entries (minus infinity)
 
 
 def _zero_shared(call: Callable, *args: Any) -> Tensor:
