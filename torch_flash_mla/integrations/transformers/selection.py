@@ -55,7 +55,8 @@ def mla_mask(*args: Any, **kwargs: Any) -> Any:
     """The masks that transformers makes where the name is selected: those of sdpa, or of eager for
     models that compute with numbers in them."""
     teach_selection(everybody=False)
-    make = eager_mask if _computes_with_masks(type(kwargs.get("config"))) else sdpa_mask
+    config: Any = kwargs.get("config")
+    make: Any = eager_mask if _computes_with_masks(type(config)) else sdpa_mask
     return make(*args, **kwargs)
 
 

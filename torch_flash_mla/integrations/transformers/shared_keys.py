@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask
 
 from torch_flash_mla import ops
 from torch_flash_mla.integrations.transformers.selection import AttentionModule
@@ -42,7 +43,7 @@ def is_shared(key: Tensor, value: Tensor) -> bool:
 def shared_attention(
     query: Tensor,  # [B, H, Sq, D]
     key: Tensor,  # [B, 1, S, D], and the values
-    mask: Tensor | None,  # added, broadcastable to [B, H, Sq, S]; None: every query sees every key
+    mask: Tensor | BlockMask | None,  # added, as [B, H, Sq, S]; None: a query sees every key
     scaling: float | None,
     s_aux: Tensor | None,  # [H]
 ) -> Tensor:
