@@ -105,13 +105,13 @@ class TestMasks:
     ) -> None:
         monkeypatch.setattr(shared_keys, "_MOST_BYTES", most_bytes)
         torch.manual_seed(0)
-        query, key = torch.randn(3, 2, 5, 16), torch.randn(3, 1, 40, 16)
+        query, key = torch.randn(3, 32, 5, 16), torch.randn(3, 1, 40, 16)
         mask = torch.zeros(batch_of_mask, 1, 5, 40)
         mask[torch.rand_like(mask) < 0.7] = lowest
         mask[:, :, 2] = lowest  # a query that sees nothing
         if values:
             mask[:, :, 3, ::3] = 1.5
-        left, indices = shared_keys.as_indices(mask, 3, 5, 40)
+        left, indices = shared_keys.as_indices(mask, 3, 5, 40, 32)
         assert indices is not None
         assert (left is None) is not values
         assert indices.dtype == torch.int32
@@ -121,7 +121,7 @@ class TestMasks:
         torch.testing.assert_close(
             self.attention(query, key, left, indices=indices), self.attention(query, key, mask)
         )
-        actual = shared_keys.shared_attention(query, key, mask, 0.2, torch.zeros(2))
+        actual = shared_keys.shared_attention(query, key, mask, 0.2, torch.zeros(32))
         torch.testing.assert_close(
             actual.double(), self.attention(query, key, mask), rtol=1e-4, atol=1e-5
         )
@@ -129,18 +129,23 @@ class TestMasks:
     def test_intervals_are_left_to_the_operator(self) -> None:
         window = torch.ones(1, 1, 30, 30).tril().triu(-4)
         mask = torch.zeros_like(window).masked_fill(window == 0, float("-inf"))
-        assert shared_keys.as_indices(mask, 2, 30, 30) == (mask, None)
+        assert shared_keys.as_indices(mask, 2, 30, 30, 64) == (mask, None)
 
-    def test_a_mask_that_hides_little_stays(self) -> None:
-        mask = torch.zeros(1, 1, 1, 30)
+    def test_queries_of_few_heads_share_keys(self) -> None:
+        """A list of each query would cost more than the mask, but for a single query."""
+        mask = torch.zeros(1, 1, 3, 30)
         mask[..., ::5] = float("-inf")
-        assert shared_keys.as_indices(mask, 2, 1, 30) == (mask, None)
+        assert shared_keys.as_indices(mask, 2, 3, 30, 4) == (mask, None)
+        left, indices = shared_keys.as_indices(mask[:, :, :1], 2, 1, 30, 4)
+        assert left is None
+        assert indices is not None
+        assert indices.shape == (2, 1, 24)
 
     def test_a_mask_per_head_stays(self) -> None:
         mask = torch.zeros(1, 2, 1, 30)
         mask[..., ::2] = float("-inf")
         mask[..., 5:20] = float("-inf")
-        assert shared_keys.as_indices(mask, 2, 1, 30) == (mask, None)
+        assert shared_keys.as_indices(mask, 2, 1, 30, 2) == (mask, None)
 
     def test_a_bool_mask_is_refused(self) -> None:
         """Its ones would be added to logits, and the layer's own entries would be inverted."""
@@ -148,6 +153,11 @@ class TestMasks:
         mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
         with pytest.raises(ValueError, match=r"attention_mask: got torch.bool.*float mask"):
             shared_keys.shared_attention(query, query[:, :1], mask, None, None)
+
+    def test_a_mask_of_other_keys_is_refused(self) -> None:
+        query = torch.randn(1, 2, 3, 16)
+        with pytest.raises(ValueError, match="got 4 columns for 3 keys"):
+            shared_keys.shared_attention(query, query[:, :1], torch.zeros(1, 1, 3, 4), None, None)
 
     def test_a_selection_becomes_lists(
         self, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
@@ -247,6 +257,18 @@ class TestGenerate:
             assert_same_logits(logits(named, ids), logits(stock, ids))
         with watch(named):
             assert torch.equal(text(named, (19, 8)), text(stock, (19, 8)))
+
+    def test_selected_by_name_while_disabled(
+        self, stock: PreTrainedModel, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("TORCH_FLASH_MLA_DISABLE", "1")
+        named = copy.deepcopy(stock)
+        named.set_attn_implementation("mla_cpu")
+        assert not patch(named).patched
+        with OpCalls() as calls:
+            actual = logits(named, ids)
+        assert calls.count == 0
+        assert torch.equal(actual, logits(stock, ids))
 
     @pytest.mark.parametrize("patch_it", [False, True])
     def test_no_cache_of_fixed_size(self, stock: PreTrainedModel, patch_it: bool) -> None:

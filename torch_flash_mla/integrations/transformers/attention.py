@@ -1,7 +1,8 @@
 """The attention function that transformers calls for a patched layer: its arguments -> one op call.
 
 A patched layer, or one whose config selects this attention by its name, hands over its *compressed*
-keys (``selection.py``): ``key`` is the latent ``[B, 1, S, L]`` and ``value`` the rotary key
+keys (``selection.py``; one whose key is its value, ``shared_keys.py``, hands that over twice):
+``key`` is the latent ``[B, 1, S, L]`` and ``value`` the rotary key
 ``[B, 1, S, R]``. They are
 
 * carriers of an MLACache, NaN tensors that point to the pages of the layer (``cache.py``);
@@ -34,6 +35,7 @@ from torch_flash_mla.integrations.transformers.selection import (
     ATTENTION_NAME,
     AttentionModule,
     expand,
+    is_disabled,
     passes_latents,
 )
 from torch_flash_mla.integrations.transformers.shared_keys import (
@@ -111,7 +113,8 @@ def mla_attention_forward(
     if is_mla(module) or shared:
         _refuse_unsupported(kwargs)
     if shared:
-        if dropout == 0.0 and not wants_weights and query.dtype != torch.float64:
+        ours = state is not None or not is_disabled()
+        if ours and dropout == 0.0 and not wants_weights and query.dtype != torch.float64:
             return shared_attention(query, key, attention_mask, scaling, s_aux), None
         is_causal = False  # without a mask these layers see every key
     # Latents have one head; a class may learn the name while another thread is between the two.

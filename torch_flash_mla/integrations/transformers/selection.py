@@ -55,13 +55,13 @@ def mla_mask(*args: Any, **kwargs: Any) -> Any:
     """The masks that transformers makes where the name is selected: those of sdpa, or of eager for
     models that compute with numbers in them."""
     teach_selection(everybody=False)
-    config: Any = kwargs.get("config")
-    make: Any = eager_mask if _computes_with_masks(type(config)) else sdpa_mask
+    config_class: Any = type(kwargs.get("config"))
+    make: Any = eager_mask if _computes_with_masks(config_class) else sdpa_mask
     return make(*args, **kwargs)
 
 
 @functools.cache
-def _computes_with_masks(config_class: type[Any]) -> bool:
+def _computes_with_masks(config_class: Any) -> bool:
     """Whether a model that is no MLA is written for eager masks alone."""
     model_class = MODEL_MAPPING.get(config_class, None)
     if model_class is None or getattr(model_class, "_supports_sdpa", True):

@@ -6,8 +6,8 @@ of transformers or of none, and reads it in place. Compressed entries stand behi
 window in that tensor, and the mask, a float one, says which of both a query sees.
 
 A mask that keeps one interval of keys per query is left to the operator, which reduces it to
-ranges. One with holes that keeps few keys (a window, and a selection of compressed entries) becomes
-index lists: keys that nobody sees are not even read.
+ranges. One with holes (a window, and entries that are selected or compressed from earlier tokens)
+becomes index lists: keys that nobody sees are not even read.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ from torch_flash_mla.integrations.transformers.selection import AttentionModule
 
 # Masks are looked at in parts of so many bytes.
 _MOST_BYTES = 1 << 26
+
+# With an index list each query token reads keys of its own, at the price of so many heads; with a
+# mask tokens of few heads share them.
+_LEAST_HEADS = 32
 
 
 def shares_keys(module: AttentionModule) -> bool:
@@ -50,7 +54,8 @@ def shared_attention(
     """Attention of one layer: [B, Sq, H, D].
 
     Raises:
-        ValueError: no float mask. Such layers append masks of their own to the one they get.
+        ValueError: no float mask (such layers append masks of their own to the one they get), or
+            one of other keys.
     """
     if mask is not None and not (isinstance(mask, Tensor) and mask.is_floating_point()):
         raise ValueError(
@@ -59,9 +64,13 @@ def shared_attention(
             "a key and -inf where not"
         )
     batch, length, head_dim = key.shape[0], key.shape[2], key.shape[3]
+    if mask is not None and mask.shape[-1] != length:
+        raise ValueError(
+            f"attention_mask: got {mask.shape[-1]} columns for {length} keys, expected as many"
+        )
     indices = None
     if mask is not None and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
-        mask, indices = as_indices(mask, batch, query.shape[2], length)
+        mask, indices = as_indices(mask, batch, query.shape[2], length, query.shape[1])
     out, _ = ops.mla_attention(
         query.transpose(1, 2),
         key[:, 0],
@@ -77,12 +86,12 @@ def shared_attention(
 
 
 def as_indices(
-    mask: Tensor, batch: int, q_length: int, length: int
+    mask: Tensor, batch: int, q_length: int, length: int, heads: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``(mask, indices)`` that say together what the float ``mask`` says, with index lists int32
-    [B, Sq, most keys of a query] where that spares most of the keys."""
-    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[3] != length or q_length == 0:
-        return mask, None  # differs by head, or is no mask of exactly these keys
+    """``(mask, indices)`` that say together what the float ``mask`` says: index lists int32
+    [B, Sq, most keys of a query] where a query sees more than one interval of keys."""
+    if mask.dim() != 4 or mask.shape[1] != 1 or q_length == 0:
+        return mask, None  # it differs by head
     rows = mask[:, 0].expand(batch, q_length, length)
     lowest = torch.finfo(mask.dtype).min
     # A bool takes a byte, and each kept key 16 while its place is looked for.
@@ -90,16 +99,18 @@ def as_indices(
     parts, adds, holes = [], False, False
     for part in rows.split(step, dim=1):
         kept = part > lowest
-        if 4 * int(kept.sum(-1).max()) > 3 * length:
-            return mask, None  # a query sees nearly all keys
+        most = int(kept.sum(-1).max())
+        if q_length > 1 and most * max(heads, _LEAST_HEADS) > length * heads:
+            return mask, None
         adds = adds or not torch.equal(kept, part == 0)
         holes = holes or _has_holes(kept)
-        parts.append(_lists(kept))
+        parts.append(kept)
     if not holes:
         return mask, None
-    most = max(part.shape[-1] for part in parts)
+    lists = [_lists(kept) for kept in parts]
+    most = max(part.shape[-1] for part in lists)
     indices = torch.cat(
-        [functional.pad(part, (0, most - part.shape[-1]), value=-1) for part in parts], dim=1
+        [functional.pad(part, (0, most - part.shape[-1]), value=-1) for part in lists], dim=1
     )
     return mask if adds else None, indices
 
