@@ -1,9 +1,8 @@
 """The attention function that transformers calls for a patched layer: its arguments -> one op call.
 
 A patched layer, or one whose config selects this attention by its name, hands over its *compressed*
-keys (``selection.py``; one whose key is its value, ``shared_keys.py``, hands that over twice):
-``key`` is the latent ``[B, 1, S, L]`` and ``value`` the rotary key
-``[B, 1, S, R]``. They are
+keys (``selection.py``): ``key`` is the latent ``[B, 1, S, L]`` and ``value`` the rotary key
+``[B, 1, S, R]``; a layer whose key is its value hands that over twice (``shared_keys.py``). They are
 
 * carriers of an MLACache, NaN tensors that point to the pages of the layer (``cache.py``);
 * or the tensors themselves, from any cache of transformers or from none: read in place, in the
