@@ -2,7 +2,7 @@
 
 A patched layer, or one whose config selects this attention by its name, hands over its *compressed*
 keys (``selection.py``): ``key`` is the latent ``[B, 1, S, L]`` and ``value`` the rotary key
-``[B, 1, S, R]``; a layer whose key is its value hands that over twice (``shared_keys.py``). They are
+``[B, 1, S, R]``; a layer whose key is its value gives that twice (``shared_keys.py``). They are
 
 * carriers of an MLACache, NaN tensors that point to the pages of the layer (``cache.py``);
 * or the tensors themselves, from any cache of transformers or from none: read in place, in the
