@@ -12,6 +12,7 @@ In an environment that has vLLM (``make test-vllm`` makes one), on a quiet machi
 
     python benchmarks/vllm_decode.py
     python benchmarks/vllm_decode.py --experts 8 --prompt 256   # smaller: 1.1 GB of weights
+    python benchmarks/vllm_decode.py --variants CPU_MLA q8_kv   # fewer engines
 
 The variants of the first table take turns, so that a busy machine slows all of them, and each shows
 its median; the engines run one after the other, each in a process of its own.
@@ -292,6 +293,8 @@ def time_engines(arguments: argparse.Namespace) -> None:
     base: dict[str, float] = {}
     with model_folder(arguments.layers, arguments.experts) as folder:
         for name, options in engines().items():
+            if name.split()[-1] not in arguments.variants:
+                continue
             numbers = [str(n) for n in (arguments.batch, arguments.prompt, arguments.steps)]
             found = in_a_process("--engine", folder, json.dumps(options), *numbers)
             base = base or found
@@ -317,6 +320,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=48, help="tokens that each decodes")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument(
+        "--variants",
+        nargs="*",
+        default=[name.split()[-1] for name in engines()],
+        choices=[name.split()[-1] for name in engines()],
+        help="engines; speeds are relative to the first of the list above",
+    )
     arguments = parser.parse_args()
     print(f"torch_flash_mla {torch_flash_mla.__version__}, torch {torch.__version__}")
     time_kernels(arguments.keys, arguments.seconds)

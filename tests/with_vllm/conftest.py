@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
+
+import pytest
 
 collect_ignore_glob = ["test_*.py"] if importlib.util.find_spec("vllm") is None else []
 
@@ -20,3 +23,22 @@ os.environ.update(
     VLLM_NO_USAGE_STATS="1",
     TOKENIZERS_PARALLELISM="false",
 )
+
+
+@pytest.fixture
+def measured(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Takes a line of what a test measured, for the end of the run: passed or failed."""
+    return lambda line: record_property("measured", line)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints those lines."""
+    reports = [r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, [])]
+    properties = [
+        pair for report in reports if report.when == "call" for pair in report.user_properties
+    ]
+    lines = [line for name, line in properties if name == "measured"]
+    if lines:
+        terminalreporter.section("measured")
+        for line in lines:
+            terminalreporter.write_line(line)

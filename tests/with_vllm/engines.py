@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -114,25 +114,46 @@ def reference_logprobs(
     return logits.float().log_softmax(-1)
 
 
-def not_greedy(
-    model: PreTrainedModel,
-    outputs: Sequence[RequestOutput],
-    tie: float,
-    kv_cache_dtype: str = "auto",
-) -> int:
-    """How many tokens of greedy answers are not those that transformers would have taken.
+@dataclass
+class Greedy:
+    """How greedy answers compare with what transformers would have taken at each of their tokens.
 
-    Args:
-        tie: how near the best log-probability a token may come to count as the best.
-        kv_cache_dtype: what both keep their rows in.
+    Attributes:
+        tokens: how many there are.
+        differ: how many are not the most likely one.
+        worse: largest distance of a token's log-probability from the best.
+        margin: smallest distance of the second best from the best.
     """
-    count = 0
+
+    tokens: int = 0
+    differ: int = 0
+    worse: float = 0.0
+    margin: float = float("inf")
+
+    def add(self, logprobs: Tensor, answer: Sequence[int]) -> None:
+        """Takes one answer; ``logprobs`` are those of :func:`reference_logprobs`."""
+        taken = logprobs.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        best, second = logprobs.topk(2).values.unbind(1)
+        self.tokens += len(answer)
+        self.differ += int((taken != best).sum())
+        self.worse = max(self.worse, float((best - taken).max()))
+        self.margin = min(self.margin, float((best - second).min()))
+
+
+def compare_greedy(
+    model: PreTrainedModel, outputs: Sequence[RequestOutput], kv_cache_dtype: str = "auto"
+) -> Greedy:
+    """Greedy answers beside transformers, both over rows that are kept in ``kv_cache_dtype``.
+
+    Given the tokens before it, so where none differs transformers generates the same answers.
+    """
+    found = Greedy()
     for output in outputs:
         answer = list(output.outputs[0].token_ids)
-        logprobs = reference_logprobs(model, output.prompt_token_ids, answer, kv_cache_dtype)
-        taken = logprobs.gather(1, torch.tensor(answer)[:, None])[:, 0]
-        count += int((logprobs.amax(1) - taken > tie).sum())
-    return count
+        found.add(
+            reference_logprobs(model, output.prompt_token_ids, answer, kv_cache_dtype), answer
+        )
+    return found
 
 
 @dataclass
@@ -144,6 +165,7 @@ class Calls:
         attention: calls of ``mla_attention_kv_b``.
         queries: query tokens in those.
         appended: tokens written to the cache.
+        longest: largest number of query tokens in a call.
         mixed: calls that held single tokens and longer pieces.
         formats: cache formats of those calls.
     """
@@ -152,12 +174,25 @@ class Calls:
     attention: int = 0
     queries: int = 0
     appended: int = 0
+    longest: int = 0
     mixed: int = 0
     formats: set[str] = field(default_factory=set)
 
 
-def _never(*args: Any, **kwargs: Any) -> None:
-    raise AssertionError("an attention kernel of vLLM was called")
+# What computes attention in vLLM's own backends for MLA on CPUs: prompts and decoding of each.
+VLLM_KERNELS: tuple[tuple[Any, str], ...] = (
+    (CPUSDPAMLAPrefillBackend, "_ragged_sdpa"),
+    (cpu_mla.ops, "mla_decode_kvcache_cpu"),
+    (amx_mla.AMXMLAImpl, "forward_mha"),
+    (amx_mla.AMXMLAImpl, "forward_mqa"),
+)
+
+
+def _never(name: str) -> Callable[..., None]:
+    def called(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError(f"{name} of vLLM was called")
+
+    return called
 
 
 @contextmanager
@@ -173,6 +208,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
     def count_attention(q: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         calls.attention += 1
         calls.queries += q.shape[0]
+        calls.longest = max(calls.longest, q.shape[0])
         calls.formats.add(kwargs["kv_cache_dtype"])
         lengths = kwargs["cu_seqlens_q"].diff()
         calls.mixed += int(lengths.min() == 1 and lengths.max() > 1)
@@ -190,8 +226,6 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
         patches.setattr(ops, "mla_attention_kv_b", count_attention)
         patches.setattr(ops, "concat_and_cache_mla", count_append)
         patches.setattr(MLAAttention, "forward_impl", count_layer)
-        patches.setattr(CPUSDPAMLAPrefillBackend, "_ragged_sdpa", _never)
-        patches.setattr(cpu_mla.ops, "mla_decode_kvcache_cpu", _never)
-        patches.setattr(amx_mla.AMXMLAImpl, "forward_mha", _never)
-        patches.setattr(amx_mla.AMXMLAImpl, "forward_mqa", _never)
+        for owner, name in VLLM_KERNELS:
+            patches.setattr(owner, name, _never(name))
         yield calls

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,21 @@ from programs import ROOT
 LENGTHS = [1, 40, 130, 700]
 
 
-def in_processes(folder: Path, **options: Any) -> list[list[int]]:
-    """What ``parallel_program.py`` generates; its processes end with it, come what may."""
+def in_processes(folder: Path, **options: Any) -> tuple[list[list[int]], str]:
+    """What ``parallel_program.py`` generates, and all that it prints.
+
+    Its processes end with it, come what may.
+    """
     prompts = folder / "prompts.json"
     prompts.write_text(json.dumps(held_out_prompts(LENGTHS)))
     program = Path(__file__).with_name("parallel_program.py")
     arguments = [f"{name}={json.dumps(value)}" for name, value in options.items()]
-    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0|1", "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+        "VLLM_LOGGING_LEVEL": "INFO",
+        "PYTHONPATH": str(ROOT),
+    }
     del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
     process = subprocess.Popen(
         [sys.executable, str(program), str(prompts), *arguments],
@@ -39,13 +48,29 @@ def in_processes(folder: Path, **options: Any) -> list[list[int]]:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, output[-4000:]
-    return json.loads(next(line for line in output.splitlines() if line.startswith("[[")))
+    tokens = json.loads(next(line for line in output.splitlines() if line.startswith("[[")))
+    return tokens, output
 
 
 @pytest.mark.timeout(400)
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks are bound to two cores")
-def test_tensor_parallel(tmp_path: Path) -> None:
-    found = in_processes(tmp_path, model=str(TINY_MODEL), dtype="float32", tensor_parallel_size=2)
-    with engine() as llm:
+@pytest.mark.parametrize("name", ["auto", "q8_kv"])
+def test_tensor_parallel(tmp_path: Path, measured: Callable[[str], None], name: str) -> None:
+    setting = {"torch_flash_mla": {"kv_cache_dtype": name}}
+    found, output = in_processes(
+        tmp_path,
+        model=str(TINY_MODEL),
+        dtype="float32",
+        tensor_parallel_size=2,
+        additional_config=setting,
+    )
+    assert output.count("MLA on level") == 2, "each rank says once that it runs here"
+    with engine(name) as llm:
         expected = tokens_of(generate(llm, held_out_prompts(LENGTHS), max_tokens=32))
-    assert found == [samples[0] for samples in expected]
+    differ = sum(
+        one != other
+        for mine, samples in zip(found, expected, strict=True)
+        for one, other in zip(mine, samples[0], strict=True)
+    )
+    measured(f"two processes, {name}: {differ} of {32 * len(LENGTHS)} tokens differ from one")
+    assert differ == 0

