@@ -400,18 +400,16 @@ def test_many_calls() -> None:
     assert fuzz("3", "20000", "--workers", workers, timeout=1500) == "20000 passed"
 
 
-@pytest.mark.slow  # compiles every level with sanitizers
-@pytest.mark.xdist_group("builds")
+@pytest.mark.exhaustive  # compiles every level with sanitizers
 def test_sanitized_calls() -> None:
     workers = str(os.cpu_count() or 1)
     arguments = ("4", "3000", "--workers", workers, "--sanitize")
-    assert fuzz(*arguments, timeout=3000) == "3000 passed"
+    assert fuzz(*arguments, timeout=1800) == "3000 passed"
 
 
-@pytest.mark.slow
-@pytest.mark.xdist_group("builds")
+@pytest.mark.exhaustive
 def test_threads_without_races() -> None:
-    assert fuzz("6", "100", "--kind", "threads", "--tsan", timeout=3000) == "100 passed"
+    assert fuzz("6", "100", "--kind", "threads", "--tsan", timeout=1800) == "100 passed"
 
 
 @pytest.mark.slow
