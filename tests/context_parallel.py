@@ -213,6 +213,11 @@ def refusals(make: Maker, folder: Path) -> dict[str, str]:
 
     plain = MLACache(model.config)
     run(model, ids, plain)
+    elsewhere = torch.arange(20) // 4 % dist.get_world_size() != rank
+    for share, whole in zip(cache.layers, plain.layers, strict=True):
+        for kept, rows in (share.keys, whole.keys), (share.values, whole.values):
+            assert torch.equal(kept.isnan(), elsewhere[:, None].expand_as(rows))
+            assert (kept - rows)[:, :, ~elsewhere].abs().max() <= 1e-4 * rows.abs().max()
     for name, saved in ((f"share.{rank}", cache), (f"whole.{rank}", plain)):
         saved.save(folder / name, model)
     dist.barrier()

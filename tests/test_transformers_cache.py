@@ -122,6 +122,78 @@ class TestCarriers:
         assert_near(steps(model, ids, MLACache(model.config)), expected)
 
 
+class TestContents:
+    """``keys`` and ``values`` of a layer are those that a cache of transformers would hold."""
+
+    @pytest.mark.parametrize("fixed", [None, 64])
+    def test_are_those_of_a_stock_model(
+        self, stock: PreTrainedModel, ids: Tensor, fixed: int | None
+    ) -> None:
+        model = copy.deepcopy(stock)
+        patch(model)
+        expected, cache = DynamicCache(), MLACache(model.config, max_cache_len=fixed)
+        assert all(layer.keys is None and layer.values is None for layer in cache.layers)
+        for _ in range(2):
+            steps(stock, ids, expected)
+            steps(model, ids, cache)
+            for ours, theirs in zip(cache.layers, expected.layers, strict=True):
+                for actual, right in (ours.keys, theirs.keys), (ours.values, theirs.values):
+                    assert_near(actual[:, :, :10], right)
+                    assert actual.shape[2] == fixed or actual.shape == right.shape
+                    assert not actual[:, :, 10:].any()
+            expected, _ = DynamicCache(), cache.reset()
+            assert all(layer.keys is None for layer in cache.layers)
+
+    def test_of_a_packed_cache(self, stock: PreTrainedModel, ids: Tensor) -> None:
+        """The first layer's rows come from no attention: they differ by half a step of 8 bits."""
+        model = copy.deepcopy(stock)
+        patch(model)
+        expected, cache = DynamicCache(), MLACache(model.config, "q8_kv")
+        steps(stock, ids, expected)
+        steps(model, ids, cache)
+        ours, theirs = cache.layers[0], expected.layers[0]
+        assert ours.keys.dtype == theirs.keys.dtype
+        assert_near(ours.keys, theirs.keys, 0.5 / 127 * 1.001)
+        assert_near(ours.values, theirs.values, 0.5 / 127 * 1.001)
+
+    def test_of_a_cache_that_generate_made(self, stock: PreTrainedModel, ids: Tensor) -> None:
+        model = copy.deepcopy(stock)
+        patch(model)
+        kwargs = {"return_dict_in_generate": True}
+        expected, out = text(stock, ids, **kwargs), text(model, ids, **kwargs)
+        assert isinstance(cache_of(out), MLACache)
+        assert torch.equal(out.sequences, expected.sequences)
+        pairs = zip(cache_of(out).layers, cache_of(expected).layers, strict=True)
+        for ours, theirs in pairs:
+            assert_near(ours.keys, theirs.keys)
+            assert_near(ours.values, theirs.values)
+
+    def test_follow_what_is_done_to_the_cache(self, stock: PreTrainedModel, ids: Tensor) -> None:
+        model = copy.deepcopy(stock)
+        patch(model)
+        expected, cache = DynamicCache(), MLACache(model.config)
+        for m, c in (stock, expected), (model, cache):
+            steps(m, ids, c)
+            c.reorder_cache(torch.tensor([1, 0]))
+            c.crop(-3)
+        for ours, theirs in zip(cache.layers, expected.layers, strict=True):
+            assert_near(ours.keys, theirs.keys)
+            assert_near(ours.values, theirs.values)
+
+    def test_are_copies(self, stock: PreTrainedModel, ids: Tensor) -> None:
+        model = copy.deepcopy(stock)
+        patch(model)
+        cache = MLACache(model.config)
+        call(model, ids, cache)
+        layer = cache.layers[0]
+        before = layer.keys.clone()
+        layer.keys.zero_()
+        assert torch.equal(layer.keys, before)
+        for name in ("keys", "values"):
+            with pytest.raises(AttributeError, match=f"{name} of a layer of an MLACache is a copy"):
+                setattr(layer, name, before)
+
+
 class TestLeader:
     """The layer that comes first reserves room for a step."""
 

@@ -8,7 +8,8 @@ are not MLA (sliding window, linear attention, shared KV) stay those of transfor
 ``update()`` has to return tensors, but the pages are no tensors of a shape that transformers knows.
 It returns *carriers*: NaN tensors of the expected shape that take no memory and point to their
 cache layer. The attention function of a patched layer follows the pointer and says so; an unpatched
-one yields NaN, and the next ``update()`` refuses to go on.
+one yields NaN, and the next ``update()`` refuses to go on. ``keys`` and ``values`` of a layer, for
+those who look into a cache, are copies of what the pages hold.
 
 Continuations of one prompt share its pages: ``fork`` makes them from a cache that holds the prompt,
 ``share_prompt`` announces a prompt that comes several times at once. ``save`` and ``load`` keep a
@@ -55,7 +56,7 @@ from torch_flash_mla.integrations.transformers.fingerprint import (
 from torch_flash_mla.integrations.transformers.selection import is_disabled, teach_selection
 
 _CARRIER = "_mla_cache_layer"
-_OF_PAGES = {"pages", "index", "keys", "values", "_nan"}  # attributes that no file holds
+_OF_PAGES = {"pages", "index", "_nan"}  # attributes that no file holds
 
 
 class Pages:
@@ -257,7 +258,6 @@ class LatentPages(Pages, CacheLayerMixin):
             if self.is_leader:
                 self._reserve(rows[0])
             paged.append(self.index, *self._kept(rows))
-            self.keys, self.values = self._carriers()
         # What raised above may be repeated. A leader that is compiled begins steps of layers that
         # are not.
         if self.is_leader:
@@ -265,7 +265,6 @@ class LatentPages(Pages, CacheLayerMixin):
         elif not compiling:
             self.pages.written += (self.index,)
         self.pages.carrier_is_out = True
-        # Not self.keys itself: a cycle would keep the pages until the garbage collector comes.
         return self.carriers(self._nan, paged.batch, self._carrier_length())
 
     def _restore_carriers(self) -> None:
@@ -273,7 +272,6 @@ class LatentPages(Pages, CacheLayerMixin):
         if 0 in self.dims()[:1] or self.dtype is None:
             raise ValueError(f"pool.{self.index}: missing, or without a dtype")
         self._make_carrier(self.dtype)
-        self.keys, self.values = self._carriers()
 
     def _check_step(self) -> None:
         """Refuses rows of a step that the leader has not begun: there is no room for them."""
@@ -326,16 +324,49 @@ class LatentPages(Pages, CacheLayerMixin):
             vars(self.pages).update(pages)
             raise
 
-    def _carriers(self) -> tuple[Tensor, Tensor]:
-        """NaN tensors with the shapes of what is stored."""
-        shape = self._paged.batch, 1, self._carrier_length()
-        latent, rope = self.dims()
-        return self._nan.expand(*shape, latent), self._nan.expand(*shape, rope)
+    # What those read who look into a cache
+
+    @property
+    def keys(self) -> Tensor | None:
+        """A copy of the latents [B, 1, S, L], as a layer of transformers holds them; None as long
+        as there are none. NaN where another process keeps them."""
+        stored = self._stored()
+        return None if stored is None else stored[0]
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        _refuse_assignment("keys", keys)
+
+    @property
+    def values(self) -> Tensor | None:
+        """A copy of the rotary keys [B, 1, S, R]; see ``keys``."""
+        stored = self._stored()
+        return None if stored is None else stored[1]
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        _refuse_assignment("values", values)
+
+    def _stored(self) -> tuple[Tensor, Tensor] | None:
+        if not (self.is_initialized and self._filled):
+            return None
+        assert self.dtype is not None
+        context, length = self.pages.context, self._carrier_length()
+        if context is None:
+            return self.gather(length, self.dtype)
+        positions = context.positions(0, length)
+        here = self.gather(len(positions), self.dtype)
+        latents, ropes = (
+            rows.new_full((len(rows), 1, length, rows.shape[3]), float("nan")).index_copy_(
+                2, positions, rows
+            )
+            for rows in here
+        )
+        return latents, ropes
 
     # Sequences come and go for all layers at once: MLACache does it.
 
     def reset(self) -> None:
-        self.keys = self.values = None
         self.pages.copies = 1
         self.pages.carrier_is_out = False
 
@@ -776,7 +807,6 @@ class MLACache(Cache):
                     layer._restore_carriers()
         return cache
 
-
     def _take_share(self, stored: Any) -> None:
         """Compares the share of a file with that of this process."""
         fields = None if stored is None else _cache_file.Fields(stored, "context")
@@ -799,6 +829,15 @@ class MLACache(Cache):
         if paged.cache_seqlens[: paged.batch].tolist() != [context.count(length)] * paged.batch:
             raise ValueError(f"context.length: got {length}, which is not that of the pages")
         self.pages.context_length = length
+
+
+def _refuse_assignment(name: str, value: Tensor | None) -> None:
+    """None is what transformers gives a layer that it makes."""
+    if value is not None:
+        raise AttributeError(
+            f"{name} of a layer of an MLACache is a copy of what its pages hold and cannot be set: "
+            "use update(), crop() and reorder_cache()"
+        )
 
 
 def _refuse_if_disabled(what: str) -> None:
