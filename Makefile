@@ -30,6 +30,8 @@ CPP_DIRS := csrc tests examples benchmarks torch_flash_mla/include
 
 SELECT := $(if $(SLOW),-m "not exhaustive")
 PYTEST_ARGS ?=
+# Processes of make test, in each of which a test computes with two threads at most.
+WORKERS ?= 2
 
 TORCH :=
 KEEP :=
@@ -55,7 +57,7 @@ demo: setup
 
 ifeq ($(TORCH),)
 test: setup
-	$(PY) -m pytest $(SELECT) $(PYTEST_ARGS)
+	$(PY) -m pytest -n $(WORKERS) --dist loadgroup $(SELECT) $(PYTEST_ARGS)
 else
 test:
 	@ls dist/*.whl > /dev/null || { echo "There is no wheel to test: make wheel"; exit 1; }

@@ -19,7 +19,7 @@ from transformers_compare import TOLERANCE
 from torch_flash_mla.integrations.transformers import MLACache
 from torch_flash_mla.integrations.transformers.context_parallel import ContextShare
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("context parallel")]
 
 
 def torchrun(size: int, program: str, *arguments: Path | str, **environment: str) -> str:

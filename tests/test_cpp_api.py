@@ -22,6 +22,8 @@ from programs import ROOT, load_program, run
 import torch_flash_mla
 from torch_flash_mla import formats
 
+pytestmark = pytest.mark.xdist_group("builds")
+
 PACKAGE = Path(torch_flash_mla.__file__).parent
 LIBRARY = Path(torch_flash_mla.library_path).name
 PREFIX = f"{torch.utils.cmake_prefix_path};{torch_flash_mla.cmake_prefix_path}"

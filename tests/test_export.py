@@ -230,6 +230,7 @@ torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("builds")
 def test_packages_in_a_fresh_process(exported: Path) -> None:
     """Neither package needs Python code of ours: the process loads the library, and no more."""
     output = run_python(

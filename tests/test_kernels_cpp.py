@@ -16,7 +16,7 @@ from programs import run as run_program
 
 import torch_flash_mla
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("builds")]
 
 KERNEL_BUILD = ROOT / "build" / "kernels"
 ARCHIVE = KERNEL_BUILD / "libflashmla_kernels.a"

@@ -319,3 +319,30 @@ def test_peak_memory_of_a_long_prompt(new, history, kv_cache_dtype):
     command = [sys.executable, "-c", PEAK, str(new), str(history), kv_cache_dtype]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert 0 < float(done.stdout) < 64
+
+
+@pytest.mark.parametrize("form", ["absorbed", "expanded"])
+@pytest.mark.parametrize("latent", [33, 34, 100, 96])
+def test_a_key_between_that_is_not_finite(isa: str, latent: int, form: str) -> None:
+    """Products of many rows must not mix what lies behind a row into it."""
+    n, heads, nope, rope, value = 41, 2, 36, 20, 16
+    rows = torch.randn(1, n, latent + rope).bfloat16()
+    rows[:, 8] = torch.nan
+    mask = torch.ones(1, 1, n, n, dtype=torch.bool)
+    mask[..., 8] = False
+    q = torch.randn(1, n, heads, nope + rope).bfloat16()
+    q[:, 8] = torch.nan
+    out, lse = ops.mla_attention_kv_b(
+        q,
+        rows,
+        None,
+        torch.tensor([n], dtype=torch.int32),
+        torch.randn(heads, nope + value, latent).bfloat16() / latent**0.5,
+        value,
+        0.1,
+        attn_mask=mask,
+        form=form,
+    )
+    finite = torch.arange(n) != 8
+    assert torch.equal(out.isfinite().all(-1).all(-1), finite[None])
+    assert torch.equal(lse.isfinite().all(1), finite[None])

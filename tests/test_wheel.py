@@ -35,7 +35,7 @@ OTHERS = [series for series in SUPPORTED_TORCH if series != HERE]
 CHOSEN = os.environ.get("FLASHMLA_TEST_SERIES", HERE)
 WANTED = [s for s in SUPPORTED_TORCH if CHOSEN == "all" or s in {HERE, *CHOSEN.split()}]
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.xdist_group("builds")]
 
 SMOKE = """
 import importlib.metadata, sys

@@ -298,15 +298,40 @@ def fp8_dequantised(model: PreTrainedModel, folder: Path) -> nn.Module:
     )
 
 
-@wrapping(EXPANDED, "accelerate")
+@wrapping(IN_PLACE, "accelerate")
 def offloaded_to_memory(model: PreTrainedModel, folder: Path) -> nn.Module:
     return importlib.import_module("accelerate").cpu_offload(model, torch.device("cpu"))
 
 
-@wrapping(EXPANDED, "accelerate")
+@wrapping(IN_PLACE, "accelerate")
 def offloaded_to_disk(model: PreTrainedModel, folder: Path) -> nn.Module:
     accelerate = importlib.import_module("accelerate")
     return accelerate.disk_offload(model, str(folder), torch.device("cpu"))
+
+
+@wrapping(EXPANDED, "accelerate")
+def offloaded_under_another_hook(model: PreTrainedModel, folder: Path) -> nn.Module:
+    hooks = importlib.import_module("accelerate.hooks")
+
+    class Louder(hooks.ModelHook):
+        def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+            return 1.5 * output
+
+    offloaded = offloaded_to_memory(model, folder)
+    for module in offloaded.modules():
+        if hasattr(module, "kv_b_proj"):
+            hooks.add_hook_to_module(module.kv_b_proj, Louder(), append=True)
+    return offloaded
+
+
+@wrapping(EXPANDED, "accelerate")
+def offloaded_with_a_forward(model: PreTrainedModel, folder: Path) -> nn.Module:
+    offloaded = offloaded_to_memory(model, folder)
+    for module in offloaded.modules():
+        if hasattr(module, "kv_b_proj"):
+            proj, forward = module.kv_b_proj, module.kv_b_proj.forward
+            proj.forward = lambda x, forward=forward: 1.5 * forward(x)
+    return offloaded
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
@@ -355,6 +380,14 @@ def adapter_scaled(model: Any, folder: Path) -> None:
     for module in model.modules():
         if hasattr(module, "lora_B"):
             module.scaling["default"] *= -3
+
+
+@change("offloaded to memory")
+def offloaded_values_written(model: Any, folder: Path) -> None:
+    for module in model.modules():
+        if hasattr(module, "kv_b_proj"):
+            with torch.no_grad():
+                module.kv_b_proj._hf_hook.weights_map["weight"].mul_(-2)
 
 
 @change("plain")

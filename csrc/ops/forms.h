@@ -30,10 +30,10 @@ inline Tensor dense_rows(const Tensor& w) {
 }
 
 // What a product of ATen that adds up `depth` values is computed in, of rows of `type`. Products of
-// bf16 take values by twos, and the last of an odd number with the first of the row behind it,
-// times 0: NaN there is NaN here.
+// bf16 take values by twos, those of AMX by 32, and the last ones together with the first of the
+// row behind them, times 0: NaN there is NaN here.
 inline at::ScalarType product_type(at::ScalarType type, int64_t depth) {
-  return type == at::kBFloat16 && depth % 2 == 0 ? at::kBFloat16 : at::kFloat;
+  return type == at::kBFloat16 && depth % 32 == 0 ? at::kBFloat16 : at::kFloat;
 }
 
 // The parameters of sequences [begin, end) of a call. Ragged tokens keep their numbers.

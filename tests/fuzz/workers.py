@@ -37,6 +37,10 @@ _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
 
+# The operator new of ASan ends the process where the real one throws, and the call is refused.
+NO_MEMORY = "AddressSanitizer: allocator is out of memory"
+
+
 @dataclass
 class Failure:
     index: int
@@ -129,11 +133,11 @@ class Worker:
             file.write(json.dumps(asdict(failure)) + "\n")
 
     def new_failures(self) -> list[Failure]:
-        """Those written since the last call."""
-        with self.failures_path.open() as file:
+        """Those written since the last call, but for a line that is being written."""
+        with self.failures_path.open("rb") as file:
             file.seek(self._read)
-            lines = file.readlines()
-            self._read = file.tell()
+            lines = [line for line in file if line.endswith(b"\n")]
+        self._read += sum(map(len, lines))
         return [Failure(**json.loads(line)) for line in lines]
 
     def poll(self, time_limit: float) -> Failure | bool | None:
@@ -154,10 +158,13 @@ class Worker:
         else:
             status = os.waitstatus_to_exitcode(code)
             reason = f"died: {signal.Signals(-status).name}" if status < 0 else "died: exit"
+        words = self._last_words()
+        if NO_MEMORY in words:
+            reason = NO_MEMORY
         self.done += 1
-        self.failed += 1
+        self.failed += reason != NO_MEMORY
         spec = json.loads(text) if text else None
-        return Failure(index, reason, self._last_words(), spec)
+        return Failure(index, reason, words, spec)
 
     def _too_long(self, index: int, time_limit: float) -> bool:
         """Whether the case has had its time: of processors, or five times as much of the clock.
@@ -220,7 +227,8 @@ def run(
                 over = worker.poll(time_limit)
                 yield from worker.new_failures()
                 if isinstance(over, Failure):
-                    yield over
+                    if over.kind != NO_MEMORY:
+                        yield over
                     over = not worker.go_on(over.index)
                 if over:
                     alive.remove(worker)

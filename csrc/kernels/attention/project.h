@@ -3,8 +3,10 @@
 //
 // Few query tokens meet a weight that comes from memory, so each half of it is read once, in the
 // order in which it lies, and all tokens take what they need of a row while it is in the L1 cache.
-// W_UK's rows are added up, eight at a time, W_UV's are multiplied by twos. Lines are fetched ahead
-// in the order of memory: several rows at once are several streams, which no hardware follows.
+// W_UK's rows are added up, eight at a time, W_UV's are multiplied one by one, or by twos where
+// there are few tokens, so that widening a value serves as many products as there are registers
+// for. Lines are fetched ahead in the order of memory: several rows at once are several streams,
+// which no hardware follows.
 //
 // A result is one sum, in an order that depends on P, L and the vector length alone: not on the
 // tokens that share the row, nor on who computes the rows beside it. Weights and queries are
@@ -24,7 +26,7 @@ namespace {
 
 constexpr int32_t kTokensAtOnce = 8;  // whose latent rows stay in the L1 cache meanwhile
 constexpr int32_t kRowsAtOnce = 8;    // of W_UK: what a sum is loaded and stored for
-constexpr int kRowsMultiplied = 2;    // of W_UV: what a value of the latent rows is loaded for
+constexpr int kRowsMultiplied = 2;    // of W_UV with few tokens: sums enough for the FMA's latency
 constexpr int kProductSums = 2;       // vectors that a product of rows is added up in
 
 // What a unit reads of a weight: `rows` rows of `count` values.
@@ -227,8 +229,8 @@ void multiply_rows(const std::byte* rows, int64_t stride, int32_t count, const f
   using Float = typename Simd::Float;
   using Storage = typename Element::Storage;
   constexpr int kStep = kProductSums * Simd::kLanes;
-  constexpr int kBytes = static_cast<int>(sizeof(Storage)),
-                kLines = kRows * kStep * kBytes / kCacheLine;
+  constexpr int kBytes = static_cast<int>(sizeof(Storage)), kStepBytes = kRows * kStep * kBytes,
+                kLines = kStepBytes / kCacheLine;
   auto row = [&](int r, int32_t i) {
     return reinterpret_cast<const Storage*>(rows + r * stride) + i;
   };
@@ -247,19 +249,22 @@ void multiply_rows(const std::byte* rows, int64_t stride, int32_t count, const f
       Float w[kRows];
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) w[r] = Element::template load<Simd>(row(r, at));
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int t = 0; t < kTokens; ++t) {
         const Float y = Simd::load(x + t * x_stride + at);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) sum[r][t][j] = Simd::fma(w[r], y, sum[r][t][j]);
       }
     }
+    if constexpr (kLines == 0) {
+      if (i * kRows * kBytes % kCacheLine < kStepBytes) lines.fetch();
+    }
 #pragma GCC unroll 4
     for (int k = 0; k < kLines; ++k) lines.fetch();
   }
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) sums[t][lane + r] = Simd::add(sum[r][t][0], sum[r][t][1]);
   }
   if (i == count) return;
@@ -334,7 +339,7 @@ template <class Simd, class Element>
 void project_values_of(const ProjectionParams& p, int32_t parts, int64_t begin, int64_t end,
                        std::byte* scratch) {
   using Float = typename Simd::Float;
-  constexpr int kLanes = Simd::kLanes, kMostTokens = Simd::kRegisters / 8;
+  constexpr int kLanes = Simd::kLanes, kProducts = Simd::kRegisters / 2 / kProductSums;
   const int64_t latent_row = p.latent_row;
   const RowReader<Element> reader(p.uv, scratch + kTokensAtOnce * query_floats(p) * 4);
   Ahead<Simd> ahead(p, p.uv, uv_block<Simd>, parts, begin, end);
@@ -357,13 +362,14 @@ void project_values_of(const ProjectionParams& p, int32_t parts, int64_t begin, 
           for (const std::byte*& row : fetched) row = token == 0 ? ahead.row(here) : here;
           int64_t stride;
           const std::byte* from = reader.read(here, kRows, block.count, stride);
-          in_blocks<kMostTokens, 1>(0, tokens, [&]<int kTokens>(int32_t t) {
+          in_blocks<kProducts / kRows, 1>(0, tokens, [&]<int kTokens>(int32_t t) {
             multiply_rows<Simd, Element, kRows, kTokens>(
                 from, stride, block.count, x + t * latent_row, latent_row, sums + t, i, fetched);
           });
         };
         int32_t i = 0;
-        for (; i + kRowsMultiplied <= rows; i += kRowsMultiplied)
+        const int32_t by_twos = tokens <= kProducts / kRowsMultiplied ? rows : 0;
+        for (; i + kRowsMultiplied <= by_twos; i += kRowsMultiplied)
           multiply.template operator()<kRowsMultiplied>(i);
         for (; i < rows; ++i) multiply.template operator()<1>(i);
         for (int32_t t = 0; t < tokens; ++t) {

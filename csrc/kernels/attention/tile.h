@@ -108,7 +108,7 @@ class Tiles {
       count = end - t < kStagedRows ? end - t : kStagedRows;
       for (int32_t i = 0; i < count; ++i) {
         from[i] = slots_[position(t + i)];
-        if (fetch && t + i + kStagedRows < end) prefetch_row(slots_[position(t + i + kStagedRows)]);
+        if (fetch && kStagedRows < end - t - i) prefetch_row(slots_[position(t + i + kStagedRows)]);
       }
       stage_(from, count, layout_, row);
     }

@@ -3,7 +3,9 @@
 The op takes ``w_kv_b [H, P + V, L]``, a matrix. Where that comes from depends on what kv_b_proj is
 at that moment:
 
-* *in place*: a linear layer that is nothing else; the matrix is a view of its weight.
+* *in place*: a linear layer that is nothing else; the matrix is a view of its weight. Where
+  accelerate keeps the weight in memory or in a file between calls, it is taken from there, as
+  accelerate's own hook does before each call of the layer.
 * *dense copy*: a kind that announces itself as a matrix in other clothes (quantised weights that
   can be dequantised, adapters that can be merged). Its products with the unit vectors are kept, and
   hold as long as the bytes they were made of: a checksum of those is compared at each call. What
@@ -18,8 +20,10 @@ Copies live outside of the modules: state_dict, deepcopy and pickling never see 
 from __future__ import annotations
 
 import enum
+import functools
+import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
@@ -105,27 +109,59 @@ def kv_b_weight(proj: Any, heads: int, latent_dim: int, dtype: torch.dtype) -> T
 def reading(proj: Any, latent_dim: int, dtype: torch.dtype) -> Reading:
     """How :func:`kv_b_weight` reads ``proj`` as it is now, for latents of ``dtype``."""
     if _weight_in_place(proj) is not None:
-        return Reading(Way.IN_PLACE)
+        return Reading(Way.IN_PLACE, "offloaded by accelerate" if _offloaded(proj) else "")
     weight, reason = _dense_copy(proj, latent_dim, dtype)
     return Reading(Way.EXPANDED if weight is None else Way.DENSE_COPY, reason)
 
 
 def _weight_in_place(proj: Any) -> Tensor | None:
     """The weight of a linear layer that is nothing else, or None."""
-    if type(proj) is not nn.Linear or proj.bias is not None or _is_intercepted(proj):
+    if type(proj) is not nn.Linear or proj.bias is not None:
         return None
     if nn.Linear.forward is not _LINEAR_FORWARD or _has_any_global_hook():
         return None
     weight = proj.weight
+    if _is_intercepted(proj):
+        values = _offloaded(proj)
+        if values is None:
+            return None
+        weight = values["weight"].to(weight.dtype)
     plain = type(weight) in _PLAIN_TYPES and weight.is_floating_point()
     return weight if plain and weight.itemsize > 1 and not weight.is_meta else None
 
 
+def _offloaded(proj: nn.Linear) -> Mapping[str, Tensor] | None:
+    """Where accelerate keeps the weight of a linear layer that is nothing else, or None."""
+    hooks: Any = sys.modules.get("accelerate.hooks")
+    hook: Any = vars(proj).get("_hf_hook")
+    if hooks is None or type(hook) is not hooks.AlignDevicesHook or not proj.weight.is_meta:
+        return None
+    # In a graph the values of today would be constants.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    forward, replaced = vars(proj).get("forward"), vars(proj).get("_old_forward")
+    if not (
+        isinstance(forward, functools.partial)
+        and forward.args == (proj,)
+        and forward.func.__qualname__ == "add_hook_to_module.<locals>.new_forward"
+        and forward.func.__module__ == hooks.__name__
+        and getattr(replaced, "__func__", None) is _LINEAR_FORWARD
+        and getattr(replaced, "__self__", None) is proj
+    ):
+        return None
+    if _has_hooks(proj) or hook.no_grad or not hook.offload:
+        return None
+    return hook.weights_map if torch.device(hook.execution_device).type == "cpu" else None
+
+
 def _is_intercepted(module: Any) -> bool:
     """Whether somebody takes part in calls of this very module."""
+    return "forward" in module.__dict__ or _has_hooks(module)
+
+
+def _has_hooks(module: Any) -> bool:
     return bool(
-        "forward" in module.__dict__
-        or module._forward_hooks
+        module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
