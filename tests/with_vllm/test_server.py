@@ -80,7 +80,13 @@ def serving(folder: Path, command: str, *options: str) -> Iterator[Server]:
     arguments = [sys.executable, "-m", *COMMANDS[command]]
     arguments += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny"]
     arguments += ["--max-model-len", "2048", "--enforce-eager", "--shutdown-timeout", "30"]
-    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
+    # What is freed goes back to the system, so that resident memory is what the server holds: else
+    # malloc keeps a little more with every new size of a step, for thousands of steps.
+    environment = {
+        **os.environ,
+        "VLLM_LOGGING_LEVEL": "INFO",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+    }
     if command == "vllm serve":
         environment["PYTHONPATH"] = os.pathsep.join([str(metadata_of_vllm(folder)), str(ROOT)])
     del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
@@ -190,7 +196,7 @@ def test_many_clients(tmp_path: Path, measured: Callable[[str], None]) -> None:
             answers += asyncio.run(ask(server.url, prompts, first, REQUESTS // 4))
             seconds += time.monotonic() - start
             resident.append(server.resident())
-        assert resident[-1] <= resident[1] + (64 << 20)
+        assert resident[-1] <= resident[1] + (32 << 20)
 
         metrics = read_metrics(server)
         finished = partial(total, metrics, "vllm:request_success_total")
