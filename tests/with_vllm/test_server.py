@@ -36,7 +36,8 @@ COMMANDS = {
 }
 
 CLIENTS = 16
-REQUESTS = 200
+REQUESTS = 400
+ROUND = 50  # requests between two looks at memory
 NEW_TOKENS = 24
 
 
@@ -184,19 +185,20 @@ async def ask(url: str, prompts: list[list[int]], first: int, count: int) -> lis
         return await asyncio.gather(*(one(first + number) for number in range(count)))
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_many_clients(tmp_path: Path, measured: Callable[[str], None]) -> None:
     prompts = held_out_prompts([7 + 31 * i for i in range(20)])
     # A small cache: pages are taken, given back and taken again all the time.
     options = ["--dtype", "float32", "--num-gpu-blocks-override", "100"]
     with serving(tmp_path, "vllm serve", *options) as server:
         answers, resident, seconds = [], [], 0.0
-        for first in range(0, REQUESTS, REQUESTS // 4):
+        for first in range(0, REQUESTS, ROUND):
             start = time.monotonic()
-            answers += asyncio.run(ask(server.url, prompts, first, REQUESTS // 4))
+            answers += asyncio.run(ask(server.url, prompts, first, ROUND))
             seconds += time.monotonic() - start
             resident.append(server.resident())
-        assert resident[-1] <= resident[1] + (32 << 20)
+        # The first half touches all pages, and has oneDNN make kernels for most sizes of a step.
+        assert resident[-1] <= resident[REQUESTS // ROUND // 2 - 1] + (32 << 20)
 
         metrics = read_metrics(server)
         finished = partial(total, metrics, "vllm:request_success_total")
@@ -217,7 +219,7 @@ def test_many_clients(tmp_path: Path, measured: Callable[[str], None]) -> None:
     assert "Traceback" not in log
     measured(
         f"vllm serve: {REQUESTS} requests of {CLIENTS} clients in {seconds:.0f} s, {aborted:.0f} "
-        f"aborted; {' '.join(str(size >> 20) for size in resident)} MiB after each quarter; "
+        f"aborted; {' '.join(str(size >> 20) for size in resident)} MiB after each {ROUND}; "
         f"exit status {status}, {len(family)} processes gone"
     )
 
