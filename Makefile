@@ -2,7 +2,8 @@
 #
 #   make setup        virtual environment .venv, torch, the package built in place
 #   make demo         generates text with the tiny model, then times one attention layer
-#   make test         the fast tests;  make test SLOW=1: all but the exhaustive ones
+#   make test         the fast tests, in two processes;  make test SLOW=1: all but the exhaustive
+#                     ones;  make test WORKERS=0: in one process, for a debugger
 #   make test-transformers    patched models against stock in several releases of transformers
 #   make test-matrix          and wrapped, quantised, trained, distributed ones
 #   make test TORCH=2.14.1
@@ -32,6 +33,7 @@ SELECT := $(if $(SLOW),-m "not exhaustive")
 PYTEST_ARGS ?=
 # Processes of make test, in each of which a test computes with two threads at most.
 WORKERS ?= 2
+PYTEST_OPTIONS = -n $(WORKERS) --dist loadgroup $(SELECT) $(PYTEST_ARGS)
 
 TORCH :=
 KEEP :=
@@ -57,12 +59,12 @@ demo: setup
 
 ifeq ($(TORCH),)
 test: setup
-	$(PY) -m pytest -n $(WORKERS) --dist loadgroup $(SELECT) $(PYTEST_ARGS)
+	$(PY) -m pytest $(PYTEST_OPTIONS)
 else
 test:
 	@ls dist/*.whl > /dev/null || { echo "There is no wheel to test: make wheel"; exit 1; }
 	$(PYTHON) tools/try_wheel.py $(TORCH) $(if $(KEEP),--keep) "$$(ls -t dist/*.whl | head -n 1)" \
-	  -- $(SELECT) $(PYTEST_ARGS)
+	  -- $(PYTEST_OPTIONS)
 endif
 
 # README=1 also writes the list of families in README.md.

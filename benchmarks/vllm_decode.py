@@ -312,6 +312,7 @@ def main() -> None:
         model, options, *numbers = sys.argv[2:]
         run_engine(model, json.loads(options), *map(int, numbers))
         return
+    variants = [name.split()[-1] for name in engines()]
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--keys", type=int, default=4096)
     parser.add_argument("--seconds", type=float, default=10.0, help="per shape of the first table")
@@ -323,8 +324,8 @@ def main() -> None:
     parser.add_argument(
         "--variants",
         nargs="*",
-        default=[name.split()[-1] for name in engines()],
-        choices=[name.split()[-1] for name in engines()],
+        default=variants,
+        choices=variants,
         help="engines; speeds are relative to the first of the list above",
     )
     arguments = parser.parse_args()

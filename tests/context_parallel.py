@@ -28,8 +28,8 @@ from torch_flash_mla.integrations.transformers import MLACache, patch
 
 # Of 2, 4 and 1 ranks, as they come: pages that are filled, begun, and empty.
 LENGTHS = (3, 8, 9, 40, 64, 65)
-FAMILIES = ("deepseek_v3", "longcat_flash", "kimi_linear", "dots3_note", "hy_v4", "glm5_next")
-FAMILIES = tuple(family for family in FAMILIES if family in taken_families())
+_FAMILIES = ("deepseek_v3", "longcat_flash", "kimi_linear", "dots3_note", "hy_v4", "glm5_next")
+FAMILIES = tuple(family for family in _FAMILIES if family in taken_families())
 LONG = 3000
 PACKED = ("q8_kv", "q4_kv")
 

@@ -28,7 +28,9 @@ def load_program(path: str) -> ModuleType:
     return module
 
 
-def run(*command: str | Path, fails: bool = False, **environment: str) -> str:
+def run(
+    *command: str | Path, fails: bool = False, timeout: float = 600, **environment: str
+) -> str:
     """Output of a command that must succeed, or must fail."""
     result = subprocess.run(
         [str(c) for c in command],
@@ -37,7 +39,7 @@ def run(*command: str | Path, fails: bool = False, **environment: str) -> str:
         text=True,
         cwd=ROOT,
         env={**os.environ, "PATH": TOOLS, **environment},
-        timeout=600,
+        timeout=timeout,
     )
     assert (result.returncode != 0) is fails, f"{result.args}\n{result.stdout[-4000:]}"
     return result.stdout

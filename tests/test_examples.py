@@ -78,6 +78,12 @@ def test_layer_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
     assert output.count("x │") == 3
 
 
+def test_shared_keys_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--small", "--history", "256", "--chunk", "8", "--steps", "1"]
+    assert load_program("benchmarks/shared_keys.py").main(arguments) == 0
+    assert capsys.readouterr().out.count("x │") == 6
+
+
 def test_errors_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
     assert load_program("benchmarks/errors.py").main(["--isa", "scalar", "--formats", "q8_kv"]) == 0
     cells = [cell.strip() for cell in table_row(capsys.readouterr().out, "q8_kv")]

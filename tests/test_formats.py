@@ -176,6 +176,26 @@ def test_float_caches_round_once(dtype):
         assert torch.equal(back[0], values.to(dtype).float())
 
 
+@pytest.mark.parametrize("isa", available_isas())
+def test_values_of_every_magnitude_round_once(isa):
+    """Subnormals too, exact values and those between two of bfloat16."""
+    high = torch.arange(1 << 16, dtype=torch.int64) << 16
+    bits = torch.stack([high + low for low in (0, 1, 0x7FFF, 0x8000, 0x8001)]).view(-1, 64)
+    x = bits.to(torch.int32).view(torch.float32)
+    length = torch.tensor([len(x)], dtype=torch.int32)
+    for source in mla_cases.FLOAT_FORMATS.values():
+        values = x.to(source)
+        for dtype in mla_cases.FLOAT_FORMATS.values():
+            cache = torch.zeros(1, *x.shape, dtype=dtype)
+            with force_isa(isa):
+                ops.concat_and_cache_mla(
+                    values[:, :48], values[:, 48:], cache, torch.arange(len(x))
+                )
+                back = ops.gather_cache(values[None], None, length, 48, 64, dtype)
+            assert same(cache[0], values.to(dtype))
+            assert same(back[0], values.to(dtype))
+
+
 @pytest.mark.parametrize("cache_format", ["auto", *PACKED_FORMATS])
 def test_scattered_slots_and_skipped_tokens(cache_format):
     """Only the named slots change; -1 writes nothing."""

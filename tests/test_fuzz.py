@@ -3,7 +3,9 @@ hangs get a name. And runs of it, short here and longer in continuous integratio
 
 from __future__ import annotations
 
+import math
 import os
+import random
 import re
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import torch
 from programs import ROOT, run_python
 
 import torch_flash_mla
-from tests.fuzz import oracle, rules, shrink, specs
+from tests.fuzz import oracle, rules, run, shrink, specs
 from tests.fuzz.build import Call, build
 from torch_flash_mla import ops, reference
 from torch_flash_mla.formats import PACKED_FORMATS, row_bytes
@@ -167,6 +169,116 @@ def test_a_row_of_noise_is_found() -> None:
         assert oracle.check_attention(a, out.float(), lse.float(), expected) is None
         noisy = out.float() * (1 + 0.01 * torch.randn(out.shape))
         assert oracle.check_attention(a, noisy, lse.float(), expected) is not None
+
+
+@pytest.mark.parametrize("kind", ["noise", "equal", "near", "little", "listed"])
+def test_its_bound_of_a_sum_holds(kind: str) -> None:
+    """Weights added up one by one in float32, the largest first: all others round most."""
+    draw = np.random.default_rng(0)
+    closest = 0.0
+    for _ in range(300):
+        n = int(draw.integers(2, 300))
+        x = np.exp(draw.standard_normal(n)) if kind == "noise" else np.ones(n)
+        if kind != "noise":
+            x *= 2.0 ** draw.uniform(-25 if kind == "little" else -22, -12)
+        if kind == "near":
+            x *= 1 + 1e-4 * draw.standard_normal(n)
+        elif kind == "little":
+            x *= draw.random(n)
+        x[0] = x.max() if kind == "noise" else 1
+        x = x.astype(np.float32)
+        count = None
+        if kind == "listed":
+            x, count = x[:2], np.array([[[1, n - 1]]])
+        p = x.astype(np.float64) * (1 if count is None else count[0, 0])
+        total = p.sum()
+        each = x if count is None else np.repeat(x, count[0, 0])
+        actual = np.add.accumulate(each, dtype=np.float32)[-1]
+        square, everything = oracle._added(p[None, None] / total, count)
+        bound = min(3 * math.sqrt(square[0, 0]), everything[0, 0])
+        error = abs(float(actual) - total) / total
+        assert error <= bound
+        closest = max(closest, error / bound)
+    assert closest > (0.1 if kind == "noise" else 0.6)  # no more room than is needed
+
+
+@pytest.mark.parametrize("part", ["keys", "values"])
+@pytest.mark.parametrize("form", ["absorbed", "expanded"])
+def test_what_float32_cannot_hold_is_unknown(form: str, part: str) -> None:
+    """Projections overflow where float64 does not, and nothing is said of results before that."""
+    rows_of, unknown = {1e20: 0, 3e38: 0}, {1e20: 0, 3e38: 0}
+    plain: dict[str, Any] = {"mask": None, "indices": None, "leftpad": None, "window": 0}
+    logits = {"kind": "factor", "size": 1e-30 if part == "keys" else 1.0}
+    plain |= {"kind": "kv_b", "form": form, "nope": 16, "value": 16, "w_layout": "plain"}
+    for call in calls(40, seed=6, q_dtype="float32", logits=logits, **plain):
+        a = call.arguments
+        if a["q"].numel() == 0:
+            continue
+        rows = a["w_kv_b"][:, :16] if part == "keys" else a["w_kv_b"][:, 16:]
+        drawn = rows.clone()
+        for size in rows_of:
+            rows.copy_((drawn * size).clamp(-size, size))
+            expected = oracle.attention(a, call.spec["isa"])
+            status = np.concatenate([e.status.ravel() for e in expected] or [np.zeros(0)])
+            rows_of[size] += (status != oracle.EMPTY).sum()
+            unknown[size] += (status == oracle.ANY).sum()
+            answer = run.call_operator(call, "none")
+            assert oracle.check_attention(a, *answer, expected) is None
+    assert min(rows_of.values()) > 100
+    assert unknown[1e20] == 0
+    if (form, part) == ("absorbed", "keys"):  # small queries take them back into the range
+        assert unknown[3e38] == 0
+    else:
+        assert unknown[3e38] > 0.9 * rows_of[3e38]
+
+
+def test_a_bias_of_thousands_leaves_few_digits() -> None:
+    """Not enough for the bounds of plain logits, in rows that see nothing else."""
+    mask = {"dtype": "float32", "of_batch": True, "of_heads": True, "of_tokens": True, "dims": 4}
+    mask |= {"pattern": "full", "hidden": "-inf", "low": -1e4, "extra": 0, "layout": "plain"}
+    sizes = {"lengths": [3], "queries": [9], "heads": 16, "leftpad": None, "indices": None}
+    sizes |= {"latent": 64, "rope": 64, "format": "fp32", "q_dtype": "float32", "layout": "paged"}
+    for index in range(4):
+        spec = specs.draw(7, index, ISAS) | {"kind": "attention", "mutations": []}
+        plain = specs._attention(random.Random(index)) | sizes
+        plain |= {"logits": {"kind": "normal", "size": 1.0}, "scale": 1.0, "sink": None}
+        plain |= {"poison_seen": False, "poison_query": None, "gradients": True, "window": 0}
+        run.run(spec | plain | {"mask": mask})
+
+
+def test_infinities_in_merges() -> None:
+    """One whose weight is 0 in float32 may be NaN; another stays what it is."""
+    spec = specs.draw(8, 0, ISAS)
+    for sink, unknown in ((600.0, True), (6.0, False)):
+        out = torch.tensor([[[[1.0, math.inf]]]])
+        lse = torch.zeros(1, 1, 1)
+        arguments = {"out_a": out, "lse_a": lse, "out_b": torch.ones_like(out), "lse_b": lse}
+        call = Call(spec, "merge_attn_states", {**arguments, "attn_sink": torch.tensor([sink])})
+        answer = torch_flash_mla.merge_attn_states(**call.arguments)
+        run._check_merge(call, answer)
+        for value in (math.nan, 0.0):
+            wrong = answer[0].clone()
+            wrong[..., 1] = value
+            if unknown:
+                run._check_merge(call, (wrong, answer[1]))
+                continue
+            with pytest.raises(run.Wrong, match="wrong merge"):
+                run._check_merge(call, (wrong, answer[1]))
+
+
+def test_copied_blocks_are_bytes() -> None:
+    """Whatever dtype they are seen as: of a bool, too, that is neither 0 nor 1."""
+    mapping = torch.tensor([[0, 2]])
+    for dtype in (torch.bool, torch.float32, torch.complex128):
+        cache = torch.arange(3 * 4 * 16, dtype=torch.uint8).view(3, 4, 16).view(dtype)
+        call = Call(specs.draw(9, 0, ISAS), "copy_blocks", {})
+        call.arguments = {"kv_cache": cache, "block_mapping": mapping}
+        before = run.Snapshot(call.arguments)
+        torch_flash_mla.copy_blocks(**call.arguments)
+        run._check_copy(call, before)
+        cache.view(torch.uint8)[2, 0, 0] ^= 2
+        with pytest.raises(run.Wrong, match="not the blocks"):
+            run._check_copy(call, before)
 
 
 def test_rules_agree_with_the_operators() -> None:

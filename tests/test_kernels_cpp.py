@@ -26,7 +26,7 @@ EMULATOR = shutil.which("qemu-x86_64")
 
 def run(*command: str | Path, **environment: str) -> str:
     """Output of a command that must succeed, without what qemu warns of, once per thread."""
-    output = run_program(*command, **environment)
+    output = run_program(*command, timeout=1800, **environment)
     return re.sub(r"qemu-x86_64: warning: TCG doesn't .*\n", "", output)
 
 

@@ -21,35 +21,45 @@ from transformers_cases import (
     TINY_MODEL,
     families,
     refused_families,
+    shared_key_families,
     small_model,
     tiny_model,
 )
 from transformers_compare import (
     FAULTS,
     MODES,
+    SHARED_KEY_FAULTS,
     check_fault,
     check_format,
     check_logits,
     check_mode,
+    check_shared_key_fault,
 )
 
 from torch_flash_mla.formats import PACKED_FORMATS
 from torch_flash_mla.integrations.transformers import patch
 
-# Plain; odd head count; sparse with sinks; sparse, layers share keys or have no rope; dims differ
-# per layer, with a sliding window.
-FAST_FAMILIES = ("deepseek_v3", "minicpm3", "hy_v4", "mistral_large4", "dots3_note")
+# Plain; one key head that is its value; odd head count; sparse with sinks; sparse, layers share
+# keys or have no rope; dims differ per layer, with a sliding window.
+FAST_FAMILIES = (
+    "deepseek_v3",
+    "deepseek_v4",
+    "minicpm3",
+    "hy_v4",
+    "mistral_large4",
+    "dots3_note",
+)
 TINY = "tiny_model"
 
 ModelOf = Callable[[str], PreTrainedModel]
 
 
-def cases(what: Any, fast: Callable[[str, str], bool]) -> list[Any]:
-    """Every family with every entry of ``what``; those that are not ``fast`` are marked slow."""
+def cases(what: Any, fast: Callable[[str, str], bool], but: tuple[str, ...] = ()) -> list[Any]:
+    """Every family (``but`` some) with every entry of ``what``; all but ``fast`` ones are slow."""
     untrained = not (TINY_MODEL / "model.safetensors").exists()
     skip = pytest.mark.skipif(untrained, reason="examples/tiny_model has no weights")
     params = []
-    for family in (*families(), TINY):
+    for family in (*(x for x in families() if x not in but), TINY):
         for entry in what:
             marks = [] if fast(family, entry) else [pytest.mark.slow]
             marks += [skip] if family == TINY else []
@@ -78,6 +88,7 @@ def model_of() -> ModelOf:
 
 def test_the_families_are_found() -> None:
     assert {"deepseek_v2", "deepseek_v3", "kimi_k25", "minicpm3"} <= set(families())
+    assert "deepseek_v4" in shared_key_families()
     assert len(families()) >= 9
 
 
@@ -112,14 +123,25 @@ def test_same_logits_as_stock(model_of: ModelOf, family: str, what: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("family", "kv_cache_dtype"), cases(PACKED_FORMATS, lambda f, _: f == "deepseek_v3")
+    ("family", "kv_cache_dtype"),
+    cases(PACKED_FORMATS, lambda f, _: f == "deepseek_v3", shared_key_families()),
 )
 def test_packed_formats(model_of: ModelOf, family: str, kv_cache_dtype: str) -> None:
     check_format(model_of(family), kv_cache_dtype)
 
 
-@pytest.mark.parametrize(("family", "fault"), cases(FAULTS, lambda f, _: f in FAST_FAMILIES))
+@pytest.mark.parametrize(
+    ("family", "fault"), cases(FAULTS, lambda f, _: f in FAST_FAMILIES, shared_key_families())
+)
 def test_a_fault_is_noticed(
     model_of: ModelOf, family: str, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_fault(model_of(family), fault, monkeypatch)
+
+
+@pytest.mark.parametrize("fault", SHARED_KEY_FAULTS)
+@pytest.mark.parametrize("family", shared_key_families())
+def test_a_fault_of_shared_keys_is_noticed(
+    model_of: ModelOf, family: str, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_shared_key_fault(model_of(family), fault, monkeypatch)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from transformers import DynamicCache, PreTrainedModel
-from transformers_cases import mla_layers, small_model
+from transformers_cases import kv_b, mla_layers, small_model
 from transformers_compare import CACHE_ARGUMENT, prompt, watch
 
 from torch_flash_mla import DecoderStep, force_isa
@@ -61,10 +61,6 @@ def with_kv_b(plain: PreTrainedModel, wrap: Wrap) -> PreTrainedModel:
     for layer in mla_layers(model):
         layer.kv_b_proj = wrap(layer.kv_b_proj)
     return model
-
-
-def kv_b(model: PreTrainedModel) -> list[Any]:
-    return [layer.kv_b_proj for layer in mla_layers(model)]
 
 
 def logits(model: PreTrainedModel, ids: Tensor, cache: Any = None) -> Tensor:

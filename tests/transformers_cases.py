@@ -2,7 +2,8 @@
 contains.
 
 A family is a folder of models whose class with ``generate`` has layers that define ``expand_kv``:
-its own, those of another family (sarvam_mla), or those of its text part (kimi_k25). Its config is
+its own, those of another family (sarvam_mla), or those of its text part (kimi_k25); or that cache
+one tensor as keys and values (deepseek_v4). Its config is
 shrunk by the names that such configs share; the few things a family needs beyond that (layer
 patterns, a vision part) are in ``_SPECIAL`` and ``_VISION``. The structure stays real: sparse
 layers select fewer keys than there are, sliding windows slide, dims differ.
@@ -24,6 +25,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
 
 from torch_flash_mla.integrations.transformers.compat import SPARSE_LAYERS_CACHE_LATENTS
+from torch_flash_mla.integrations.transformers.shared_keys import shares_keys
 
 _SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -72,6 +74,22 @@ _INDEXED = "indexed_attention" if SPARSE_LAYERS_CACHE_LATENTS else "deepseek_spa
 
 _SPECIAL: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_group_size": 2, "head_dim": 16},
+    "deepseek_v4": {
+        "num_hidden_layers": 3,
+        "layer_types": [
+            "sliding_attention",
+            "compressed_sparse_attention",
+            "heavily_compressed_attention",
+        ],
+        "mlp_layer_types": ["moe", "moe", "moe"],
+        "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 5},
+        "sliding_window": 6,
+        "index_topk": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+        "o_groups": 2,
+        "o_lora_rank": 16,
+    },
     "dots3_note": {
         "layer_types": ["indexed_attention", "sliding_attention"],
         "sliding_window": 8,
@@ -150,6 +168,7 @@ _VISION: dict[str, dict[str, Any]] = {
 
 
 _MODELS = Path(transformers.__file__).parent / "models"
+_CACHES_ONE_TENSOR = re.compile(r"\.update\((\w+), \1,")
 
 
 @functools.cache
@@ -162,6 +181,7 @@ def _found() -> dict[str, tuple[str, str]]:
         name
         for file in _MODELS.glob("*/modeling_*.py")
         if "def expand_kv" in (text := file.read_text(encoding="utf-8"))
+        or _CACHES_ONE_TENSOR.search(text)
         for name in re.findall(r"^class (\w+)\(", text, re.MULTILINE)
     }
     with_text_part = re.compile("|".join(f'"{kind}"' for kind in causal if causal[kind] in classes))
@@ -185,6 +205,17 @@ def families() -> tuple[str, ...]:
     return tuple(sorted(family for family in _found() if family not in refused_families()))
 
 
+@functools.cache
+def shared_key_families() -> tuple[str, ...]:
+    """Those of them whose one key head is its value: they keep caches of transformers."""
+    sharing = {
+        file.parent.name
+        for file in _MODELS.glob("*/modeling_*.py")
+        if _CACHES_ONE_TENSOR.search(file.read_text(encoding="utf-8"))
+    }
+    return tuple(family for family in families() if family in sharing)
+
+
 def refused_families() -> tuple[str, ...]:
     """Sparse families of releases that cache their expanded keys."""
     if SPARSE_LAYERS_CACHE_LATENTS:
@@ -192,7 +223,8 @@ def refused_families() -> tuple[str, ...]:
     sparse = (
         file.parent.name
         for file in _MODELS.glob("*/modeling_*.py")
-        if "self.indexer = " in file.read_text(encoding="utf-8")
+        if "self.indexer = " in (text := file.read_text(encoding="utf-8"))
+        and "def expand_kv" in text
     )
     return tuple(sorted(set(sparse) & _found().keys()))
 
@@ -230,11 +262,27 @@ def small_config(family: str, **overrides: Any) -> transformers.PreTrainedConfig
 def small_model(family: str, seed: int = 0, **overrides: Any) -> transformers.PreTrainedModel:
     """A float32 model; its random weights are large enough for attention to matter."""
     torch.manual_seed(seed)
-    return model_class(family)(small_config(family, **overrides)).eval()
+    model = model_class(family)(small_config(family, **overrides)).eval()
+    if family in shared_key_families():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("sinks", "position_bias")):  # zero in an untrained model
+                torch.nn.init.normal_(parameter)
+    return model
 
 
 def mla_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    return [module for module in model.modules() if hasattr(type(module), "expand_kv")]
+    """The layers that ``patch`` takes."""
+    return [
+        module
+        for module in model.modules()
+        if hasattr(type(module), "expand_kv")
+        or (hasattr(module, "layer_idx") and shares_keys(module))
+    ]
+
+
+def kv_b(model: torch.nn.Module) -> list[Any]:
+    """The kv_b_proj of each MLA layer."""
+    return [layer.kv_b_proj for layer in mla_layers(model)]
 
 
 TINY_MODEL = Path(__file__).resolve().parents[1] / "examples" / "tiny_model"

@@ -7,6 +7,7 @@ comparison has to notice.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache, cache_utils
 from transformers_cases import mla_layers
 
 import torch_flash_mla
@@ -132,14 +133,17 @@ def assert_same(actual: Trace, expected: Trace) -> None:
 
 
 class OpCalls(TorchDispatchMode):
-    """Counts calls of ``mla_attention_kv_b``."""
+    """Counts calls of the attention operators."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.flashmla.mla_attention_kv_b.default
+        self.count += func in (
+            torch.ops.flashmla.mla_attention_kv_b.default,
+            torch.ops.flashmla.mla_attention.default,
+        )
         return func(*args, **(kwargs or {}))
 
 
@@ -158,7 +162,8 @@ def watch(*models: PreTrainedModel) -> Iterator[None]:
 
     inner = [next(m for m in x.modules() if isinstance(m, PreTrainedModel)) for x in models]
     hooks = [model.register_forward_pre_hook(count) for model in inner]
-    classes = {type(layer) for model in models for layer in mla_layers(model)}
+    layers = [layer for model in models for layer in mla_layers(model)]
+    classes = {type(layer) for layer in layers if hasattr(type(layer), "expand_kv")}
     originals = {cls: cls.expand_kv for cls in classes}
     for cls in classes:
         cls.expand_kv = refuse
@@ -184,7 +189,18 @@ def compare(
         assert_same(actual, stock[STOCK_OF[cache]])
 
 
+def holds(model: PreTrainedModel, cache: str) -> bool:
+    """Whether transformers has a cache of that kind for the model's layers. Compressed entries have
+    none of fixed size."""
+    kinds = cache_utils.STATIC_LAYER_TYPE_MAPPING
+    types = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    return STOCK_OF[cache] != "StaticCache" or not {x for x in types if "compressed" in x} - {
+        *kinds
+    }
+
+
 def check_mode(model: PreTrainedModel, mode: Mode) -> None:
+    mode = dataclasses.replace(mode, caches=tuple(x for x in mode.caches if holds(model, x)))
     assistant = assistant_of(model) if mode.assisted else None
     stock = {}
     for cache in {STOCK_OF[cache] for cache in mode.caches}:
@@ -302,6 +318,55 @@ def _ignore_selection(
     call: Callable, q: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
     return call(q, *args, **{**kwargs, "indices": None})
+
+
+# The same for layers of shared keys, whose masks are those of tokens (the lowest number) and behind
+# them, those of compressed entries (minus infinity)
+
+
+def _zero_shared(call: Callable, *args: Any) -> Tensor:
+    return call(*args) * 0
+
+
+def _ignore_sinks(call: Callable, query: Tensor, *args: Any) -> Tensor:
+    return call(query, *args[:-1], None)
+
+
+def _see_padding(call: Callable, query: Tensor, key: Tensor, mask: Tensor, *args: Any) -> Tensor:
+    lengths = MODES["padded"].lengths
+    row, padding = lengths.index(min(lengths)), max(lengths) - min(lengths)
+    if query.shape[2] > 1:
+        mask = mask.clone()
+        mask[row, :, :, :padding] = 0
+    return call(query, key, mask, *args)
+
+
+def _see_all_entries(
+    call: Callable, query: Tensor, key: Tensor, mask: Tensor, *args: Any
+) -> Tensor:
+    return call(query, key, mask.masked_fill(mask.isneginf(), 0), *args)
+
+
+SHARED_KEY_FAULTS = {
+    "attention zeroed": (_zero_shared, "greedy"),
+    "sinks ignored": (_ignore_sinks, "greedy"),
+    "padding mask ignored": (_see_padding, "padded"),
+    "selection ignored": (_see_all_entries, "greedy"),
+}
+
+
+def check_shared_key_fault(
+    model: PreTrainedModel, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong, mode_name = SHARED_KEY_FAULTS[fault]
+    mode = Mode(MODES[mode_name].lengths, {"max_new_tokens": 8}, ("default",))
+    stock = {"DynamicCache": generate(model, mode, "DynamicCache")}
+    with patched(model):
+        compare(model, mode, stock, None)
+        right = attention.shared_attention
+        monkeypatch.setattr(attention, "shared_attention", lambda *args: wrong(right, *args))
+        with pytest.raises(AssertionError, match="logits differ"):
+            compare(model, mode, stock, None)
 
 
 def _passes_indices(layer: torch.nn.Module) -> bool:

@@ -23,7 +23,7 @@ from transformers import (
     FineGrainedFP8Config,
     PreTrainedModel,
 )
-from transformers_cases import small_model
+from transformers_cases import kv_b, small_model
 
 IN_PLACE, DENSE_COPY, EXPANDED = "in place", "dense copy", "expanded"
 PROJECTIONS = ["kv_b_proj", "o_proj"]  # what is wrapped: the one that is read, and a common one
@@ -118,9 +118,8 @@ def plain(model: PreTrainedModel, folder: Path) -> nn.Module:
 
 @wrapping(EXPANDED)
 def a_bias(model: PreTrainedModel, folder: Path) -> nn.Module:
-    for module in model.modules():
-        if hasattr(module, "kv_b_proj"):
-            module.kv_b_proj.bias = nn.Parameter(0.3 * torch.randn(module.kv_b_proj.out_features))
+    for proj in kv_b(model):
+        proj.bias = nn.Parameter(0.3 * torch.randn(proj.out_features))
     return model
 
 
@@ -318,19 +317,16 @@ def offloaded_under_another_hook(model: PreTrainedModel, folder: Path) -> nn.Mod
             return 1.5 * output
 
     offloaded = offloaded_to_memory(model, folder)
-    for module in offloaded.modules():
-        if hasattr(module, "kv_b_proj"):
-            hooks.add_hook_to_module(module.kv_b_proj, Louder(), append=True)
+    for proj in kv_b(offloaded):
+        hooks.add_hook_to_module(proj, Louder(), append=True)
     return offloaded
 
 
 @wrapping(EXPANDED, "accelerate")
 def offloaded_with_a_forward(model: PreTrainedModel, folder: Path) -> nn.Module:
     offloaded = offloaded_to_memory(model, folder)
-    for module in offloaded.modules():
-        if hasattr(module, "kv_b_proj"):
-            proj, forward = module.kv_b_proj, module.kv_b_proj.forward
-            proj.forward = lambda x, forward=forward: 1.5 * forward(x)
+    for proj in kv_b(offloaded):
+        proj.forward = lambda x, forward=proj.forward: 1.5 * forward(x)
     return offloaded
 
 
@@ -384,25 +380,21 @@ def adapter_scaled(model: Any, folder: Path) -> None:
 
 @change("offloaded to memory")
 def offloaded_values_written(model: Any, folder: Path) -> None:
-    for module in model.modules():
-        if hasattr(module, "kv_b_proj"):
-            with torch.no_grad():
-                module.kv_b_proj._hf_hook.weights_map["weight"].mul_(-2)
+    for proj in kv_b(model):
+        with torch.no_grad():
+            proj._hf_hook.weights_map["weight"].mul_(-2)
 
 
 @change("plain")
 def hook_registered(model: Any, folder: Path) -> None:
-    for module in model.modules():
-        if hasattr(module, "kv_b_proj"):
-            module.kv_b_proj.register_forward_hook(lambda m, args, out: out * 1.1 + 0.05)
+    for proj in kv_b(model):
+        proj.register_forward_hook(lambda module, args, out: out * 1.1 + 0.05)
 
 
 @change("plain")
 def forward_replaced(model: Any, folder: Path) -> None:
-    for module in model.modules():
-        if hasattr(module, "kv_b_proj"):
-            stock = module.kv_b_proj.forward
-            module.kv_b_proj.forward = lambda x, stock=stock: stock(x).clamp(-0.5, 0.5)
+    for proj in kv_b(model):
+        proj.forward = lambda x, stock=proj.forward: stock(x).clamp(-0.5, 0.5)
 
 
 @change("torchao int8")

@@ -205,7 +205,8 @@ class Precision:
     cache_format: str
     out: float  # unit roundoff of the results
     projections: float | None  # that of products with w_kv_b
-    expanded: bool  # keys and values of heads may be made
+    absorbed: bool  # queries may be projected,
+    expanded: bool  # or keys and values of heads be made
 
 
 def precision(a: Arguments, isa: str) -> Precision:
@@ -216,7 +217,7 @@ def precision(a: Arguments, isa: str) -> Precision:
     how = mla_cases.arithmetic(isa, name, q.dtype)
     out = mla_cases.UNIT_ROUNDOFF[q.dtype]
     if a.get("w_kv_b") is None:
-        return Precision(how, name, out, None, False)
+        return Precision(how, name, out, None, False, False)
     working = _BF16 if q.dtype == torch.bfloat16 else _F32
     # f32 rows over a cache of 16 bits are computed in f32.
     if name not in PACKED_FORMATS and q.dtype == torch.float16:
@@ -227,7 +228,7 @@ def precision(a: Arguments, isa: str) -> Precision:
         how = mla_cases.arithmetic(isa, "bf16" if working == _BF16 else "fp32", q.dtype)
         working = _F32 if how == "F32" else working
     expanded = form == "expanded" or (form == "auto" and longest >= 32 and a.get("indices") is None)
-    return Precision(how, name, out, working, expanded)
+    return Precision(how, name, out, working, form != "expanded", expanded)
 
 
 def attention(a: Arguments, isa: str) -> list[Expected]:
@@ -256,6 +257,14 @@ def attention(a: Arguments, isa: str) -> list[Expected]:
                 _attend(mine, keys, peak, seen, scale, sink, latent, heads, weights, how)
             )
     return results
+
+
+def largest_logit(tolerance: float) -> float:
+    """Up to which rounding to float32, of products and of sums, moves a weight by no more.
+
+    Where all logits of a row are larger, so is its log-sum-exp.
+    """
+    return tolerance / (4 * _F32)
 
 
 def _attend(
@@ -310,6 +319,8 @@ def _attend(
     rope = width - latent
     nope = q.shape[2] - rope
     shift = np.zeros((q_len, heads, n))  # what rounding may do to a logit
+    largest = np.zeros((q_len, heads, n))  # of what is added up for a logit
+    of_values = np.abs(keys[:, :latent]).max(axis=1, initial=0)  # the same of a key's values
     if w is not None:
         value = w.shape[1] - nope
         uk, uv = w[:, :nope], w[:, nope:]
@@ -322,13 +333,19 @@ def _attend(
         assert unit is not None
         # Queries are rounded to the working type once they are projected; or keys are.
         shift += 3 * unit * np.sqrt(np.square(q_latent) @ np.square(lat).T)
-        shift += (8 + 2 * math.sqrt(nope)) * _F32 * (made @ np.abs(lat).T)
+        added = made @ np.abs(lat).T
+        shift += (8 + 2 * math.sqrt(nope)) * _F32 * added
+        if how.absorbed:
+            largest = np.maximum(largest, made.max(axis=2, initial=0)[:, :, None])
         if how.expanded:  # rotary keys too
+            of_rows = np.abs(lat) @ np.abs(w).transpose(0, 2, 1)  # [H, n, P + V]
+            largest = np.maximum(largest, np.maximum(added, of_rows[:, :, :nope].max(axis=2)))
+            of_values = np.maximum(of_values, of_rows[:, :, nope:].max(axis=2))
             shift += 3 * unit * np.sqrt(np.square(q[:, :, latent:]) @ np.square(keys[:, latent:]).T)
             of_heads = lat @ uk.transpose(0, 2, 1)  # [H, n, P]
             squares = np.square(q_model) @ np.square(of_heads).transpose(0, 2, 1)
             shift += 3 * unit * np.sqrt(squares).transpose(1, 0, 2)
-            shift += (8 + 2 * math.sqrt(latent)) * _F32 * (made @ np.abs(lat).T)
+            shift += (8 + 2 * math.sqrt(latent)) * _F32 * added
 
     dots = q @ keys.T
     size = np.abs(q) @ np.abs(keys).T
@@ -352,11 +369,10 @@ def _attend(
         # Exponents have the logarithm of a value's scale in them, as far from 0 as 127.
         shift += 2 * _F32 * 127
     shift = np.where(sees, shift, 0)
-    reach = (abs(scale) * size).max(axis=2, initial=0)
+    largest = max(abs(scale), 1) * np.maximum(largest, size)
     if seen.bias is not None:
-        reach = np.maximum(reach, np.abs(np.where(sees, seen.bias, 0)).max(axis=2, initial=0))
-    beyond = (reach > _RANGE) | (size.max(axis=2, initial=0) > _RANGE)
-    status[some & beyond & (status == FINITE)] = ANY
+        largest = np.maximum(largest, np.abs(seen.bias))
+    beyond = (np.where(sees, largest, 0) > _RANGE).any(axis=2)
 
     # The softmax, and how far the weight of each key may move.
     if seen.count is not None:
@@ -366,6 +382,7 @@ def _attend(
     uncertain = np.where(np.isfinite(of_sink), uncertain, 0)
     e = np.exp(relative)
     total = e.sum(axis=2)
+    beyond |= (e * of_values).sum(axis=2) > _RANGE  # weights are relative to the largest
     lse = np.where(some, most + np.log(np.where(some, total, 1)), -np.inf)
     if shift.max(initial=0) < 0.1 and uncertain.max(initial=0) < 0.1:
         p = e / np.where(some, total + np.exp(of_sink), 1)[:, :, None]
@@ -375,9 +392,8 @@ def _attend(
     else:
         p, moved, lse_bound = _moved_far(relative, shift, of_sink, uncertain, some)
         moved = np.where(sees, moved, 0)
-    # Equal terms of a sum, those of a key that is listed again and again, round to the same side.
-    equal = 0 if seen.count is None else int(seen.count.max(initial=0))
-    lse_bound += 4 * _F32 * np.abs(lse) + 4e-6 + equal / 2 * _F32
+    square_added, all_added = _added(e / np.where(some, total, 1)[:, :, None], seen.count)
+    lse_bound += 4 * _F32 * np.abs(lse) + 4e-6 + np.minimum(3 * np.sqrt(square_added), all_added)
 
     values = keys[:, :latent]
     out = p @ values
@@ -388,9 +404,9 @@ def _attend(
     bound = (moved * apart).sum(axis=2)
     if sink is not None:
         bound += np.minimum(moved.sum(axis=2), 1) * out_norm
-    # Sums, and weights as codes.
-    entries = max(n, 0 if seen.count is None else int(seen.count.sum(axis=2).max(initial=0)))
-    bound += (8 + 2 * math.sqrt(n) + entries / 8 + equal / 2) * _F32 * (p @ norm)
+    # Sums of weights and of values, and weights as codes.
+    sums = np.minimum(3 * np.sqrt(2 * square_added), 2 * all_added)
+    bound += (8 * _F32 + sums) * (p @ norm)
     if how.arithmetic == "BF16" or how.expanded:
         bound += _independent(_BF16 * p if how.out == _BF16 else _F32 * p, norm)
     if peak is not None and how.arithmetic.startswith("INT"):
@@ -407,9 +423,13 @@ def _attend(
         bound += (8 + 2 * math.sqrt(latent)) * _F32 * out_norm * np.sqrt(columns.sum(axis=1))
         if how.expanded:
             bound += _independent(2 * unit * p, norm) * through
-        out = (by_head @ uv.transpose(0, 2, 1)).transpose(1, 0, 2)
+        rows_of_values = uv.transpose(0, 2, 1)
+        of_results = np.abs(by_head) @ np.abs(rows_of_values)
+        beyond |= of_results.max(axis=2, initial=0).T > _RANGE
+        out = (by_head @ rows_of_values).transpose(1, 0, 2)
         out_norm = np.linalg.norm(out, axis=2)
         latent = value
+    status[beyond & (status == FINITE)] = ANY
     bound += how.out * out_norm + math.sqrt(latent) * 2.0**-25 * (how.out == 2.0**-11)
     return Expected(
         np.where(some[:, :, None], out, 0), lse, 1.05 * bound + 1e-30, lse_bound, status
@@ -462,6 +482,27 @@ def _log_sums(x: Array, other: Array) -> tuple[Array, Array]:
 def _part(x: Array, rest: Array) -> Array:
     """exp(x) / (exp(x) + exp(rest))"""
     return np.where(x == -np.inf, 0, 1 / (1 + np.exp(rest - x)))
+
+
+def _added(p: Array, count: Array | None) -> tuple[Array, Array]:
+    """What adding up weights may do to their sum, relative to it: the sum of the squares of what is
+    independent, and all of it at worst.
+
+    An addition is off by half an ulp of the sum at most, and by no more than what is added. Terms
+    that differ by less than an ulp of the sum round to the same side: those of a key that is listed
+    again and again, and all that are less than one.
+    """
+    times = np.ones(1) if count is None else np.maximum(count, 1)
+    each = p / times
+    off = times * np.minimum(each, _F32)
+    ulps = np.floor(each / (2 * _F32))
+    order = np.argsort(ulps, axis=2)
+    ulps, off = np.take_along_axis(ulps, order, axis=2), np.take_along_axis(off, order, axis=2)
+    begins = np.ones(ulps.shape, dtype=bool)
+    begins[:, :, 1:] = ulps[:, :, 1:] != ulps[:, :, :-1]
+    group = begins.ravel().cumsum() - 1
+    of_group = np.bincount(group, off.ravel())[group].reshape(off.shape)
+    return (off * of_group).sum(axis=2), off.sum(axis=2)
 
 
 def _independent(part: Array, norm: Array) -> Array:

@@ -31,14 +31,12 @@ from tests.fuzz import sanitize
 TIME_LIMIT = 30.0
 # Address space of a worker: what asks for more than memory has room for must be told so.
 _ADDRESS_SPACE = 6 << 30
+# The operator new of ASan ends the process where the real one throws, and the call is refused.
+_NO_MEMORY = "AddressSanitizer: allocator is out of memory"
 _HEAD = struct.Struct("<qqq")  # index, cases done, cases that failed
 _STATUS_BYTES = 1 << 14
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
-
-
-# The operator new of ASan ends the process where the real one throws, and the call is refused.
-NO_MEMORY = "AddressSanitizer: allocator is out of memory"
 
 
 @dataclass
@@ -159,10 +157,10 @@ class Worker:
             status = os.waitstatus_to_exitcode(code)
             reason = f"died: {signal.Signals(-status).name}" if status < 0 else "died: exit"
         words = self._last_words()
-        if NO_MEMORY in words:
-            reason = NO_MEMORY
+        if _NO_MEMORY in words:
+            reason = _NO_MEMORY
         self.done += 1
-        self.failed += reason != NO_MEMORY
+        self.failed += reason != _NO_MEMORY
         spec = json.loads(text) if text else None
         return Failure(index, reason, words, spec)
 
@@ -227,7 +225,7 @@ def run(
                 over = worker.poll(time_limit)
                 yield from worker.new_failures()
                 if isinstance(over, Failure):
-                    if over.kind != NO_MEMORY:
+                    if over.kind != _NO_MEMORY:
                         yield over
                     over = not worker.go_on(over.index)
                 if over:

@@ -257,7 +257,7 @@ def test_packed_cache_and_metrics(tmp_path: Path) -> None:
 def test_example(tmp_path: Path) -> None:
     """The commands of ``examples/serve.md``, and what it says that they print."""
     text = (ROOT / "examples" / "serve.md").read_text()
-    serve, ask = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    serve, request = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     told, room = re.search(r"```text\n(.*?)\n(.*?)\n```", text, re.DOTALL).groups()
     port = free_port()
     # "exec": the signal below is for Python, not for the shell
@@ -268,7 +268,7 @@ def test_example(tmp_path: Path) -> None:
     with running(tmp_path, ["sh", "-c", command], port, environment) as server:
         answer = json.loads(
             subprocess.run(
-                ["sh", "-c", ask.replace("8000", str(port)).replace("curl", "curl -sS", 1)],
+                ["sh", "-c", request.replace("8000", str(port)).replace("curl", "curl -sS", 1)],
                 stdout=subprocess.PIPE,
                 timeout=120,
                 check=True,

@@ -23,7 +23,11 @@ struct Avx512Bf16 : Avx512 {
                          23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_permutexvar_epi16(order, both);
   }
+  // The instruction takes subnormals for 0.
   static void store_bf16(void* p, Float x) {
+    constexpr int kSubnormal = 0x20;
+    if (_mm512_fpclass_ps_mask(x, kSubnormal) != 0) [[unlikely]]
+      return Avx512::store_bf16(p, x);
     _mm256_storeu_si256(static_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
   }
 };

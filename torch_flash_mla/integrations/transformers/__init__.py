@@ -7,12 +7,13 @@
     report = patch(model, kv_cache_dtype="q8_kv")  # print(report) shows what happened to each layer
     model.generate(**inputs)                        # pages of 8-bit latents, no expanded keys
 
-``patch`` changes two attributes of each MLA layer (``expand_kv`` and ``config``) and how
-``generate()`` makes its cache. Weights, state_dict, masks and every other layer stay as they are;
-``unpatch`` takes it back::
+``patch`` changes two attributes of each MLA layer (``expand_kv`` and ``config``; of a layer whose
+one key head is its value only the latter) and how ``generate()`` makes its cache. Weights,
+state_dict, masks and every other layer stay as they are; ``unpatch`` takes it back::
 
     patch.py  ->  attention.py (one call of the op per layer)  ->  torch.ops.flashmla
                   cache.py (pages), weights.py (kv_b_proj)
+                  shared_keys.py (layers whose one key head is their value)
 
 Setting ``TORCH_FLASH_MLA_DISABLE=1`` turns ``patch`` into a report that changes nothing.
 """

@@ -2,7 +2,7 @@
 
 A patched layer, or one whose config selects this attention by its name, hands over its *compressed*
 keys (``selection.py``): ``key`` is the latent ``[B, 1, S, L]`` and ``value`` the rotary key
-``[B, 1, S, R]``. They are
+``[B, 1, S, R]``; a layer whose key is its value gives that twice (``shared_keys.py``). They are
 
 * carriers of an MLACache, NaN tensors that point to the pages of the layer (``cache.py``);
 * or the tensors themselves, from any cache of transformers or from none: read in place, in the
@@ -34,7 +34,13 @@ from torch_flash_mla.integrations.transformers.selection import (
     ATTENTION_NAME,
     AttentionModule,
     expand,
+    is_disabled,
     passes_latents,
+)
+from torch_flash_mla.integrations.transformers.shared_keys import (
+    is_shared,
+    shared_attention,
+    shares_keys,
 )
 from torch_flash_mla.integrations.transformers.weights import kv_b_weight, reading
 
@@ -102,8 +108,14 @@ def mla_attention_forward(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
 
-    if is_mla(module):
+    shared = shares_keys(module) and is_shared(key, value)
+    if is_mla(module) or shared:
         _refuse_unsupported(kwargs)
+    if shared:
+        ours = state is not None or not is_disabled()
+        if ours and dropout == 0.0 and not wants_weights and query.dtype != torch.float64:
+            return shared_attention(query, key, attention_mask, scaling, s_aux), None
+        is_causal = False  # without a mask these layers see every key
     # Latents have one head; a class may learn the name while another thread is between the two.
     if not passes_latents(module) or key.shape[1] == query.shape[1] > 1:
         return _stock_attention(

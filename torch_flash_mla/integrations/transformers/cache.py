@@ -478,6 +478,11 @@ class MLACache(Cache):
         else:
             teach_selection()  # the model may select the attention by its name
         replaced = [i for i, layer in enumerate(stock) if i in wanted and type(layer) in ours]
+        if not replaced and kv_cache_dtype != "auto" and layers is None and not is_disabled():
+            raise ValueError(
+                f"kv_cache_dtype: got {kv_cache_dtype!r}, but no layer of this config keeps pages "
+                "of latents, so nothing would have that format: expected auto"
+            )
         self.pages = _SharedPages(
             len(replaced),
             dtype,

@@ -40,6 +40,7 @@ from torch_flash_mla.integrations.transformers.selection import (
     mla_mask,
     passthrough,
 )
+from torch_flash_mla.integrations.transformers.shared_keys import shares_keys
 from torch_flash_mla.integrations.transformers.weights import Way, reading
 
 # from_pretrained(..., attn_implementation="mla_cpu") works from here on.
@@ -335,7 +336,8 @@ def patch(model: nn.Module, kv_cache_dtype: str = "auto", strict: bool = True) -
                 configs[id(original)]._attn_implementation_internal = ATTENTION_NAME
             module._torch_flash_mla = PatchState(original)
             module.config = configs[id(original)]
-            module.expand_kv = passthrough
+            if is_mla(module):
+                module.expand_kv = passthrough
     if accepted:
         _hold_format(model, kv_cache_dtype)
     return report
@@ -424,7 +426,9 @@ def _models_of_mla(model: nn.Module) -> list[Any]:
 
 
 def _way(module: AttentionModule) -> str:
-    """How an MLA layer reads its kv_b_proj now."""
+    """How an MLA layer reads its kv_b_proj now; empty where it has none."""
+    if not is_mla(module):
+        return ""
     floats = (p.dtype for p in module.parameters() if p.dtype in FLOAT_DTYPES)
     return str(
         reading(module.kv_b_proj, module.kv_lora_rank, next(floats, torch.get_default_dtype()))
@@ -452,9 +456,10 @@ def _stock_calls(
 
 def _verdict(module: AttentionModule, kv_cache_dtype: str) -> tuple[str, str]:
     """(status, reason) of one attention layer."""
-    if not hasattr(module, "kv_b_proj"):
+    shared = shares_keys(module)
+    if not hasattr(module, "kv_b_proj") and not shared:
         return STOCK, "no latent keys"
-    if not is_mla(module):
+    if not is_mla(module) and not shared:
         name = type(module).__name__
         return FAILED, (
             f"{name} has no expand_kv, so it caches expanded keys: load the model without "
@@ -463,15 +468,22 @@ def _verdict(module: AttentionModule, kv_cache_dtype: str) -> tuple[str, str]:
     if hasattr(module, "indexer") and not SPARSE_LAYERS_CACHE_LATENTS:
         found = transformers.__version__
         return FAILED, f"sparse MLA needs transformers >= 5.18, found {found}"
-    tensors = [*module.kv_b_proj.parameters(), *module.kv_b_proj.buffers()]
+    projection = module.kv_proj if shared else module.kv_b_proj
+    tensors = [*projection.parameters(), *projection.buffers()]
     device = next((t.device.type for t in tensors if t.device.type not in ("cpu", "meta")), None)
     if device is not None:
         return FAILED, f"its weights are on {device}: call model.to('cpu') first"
     if any(t.dtype == torch.float64 for t in tensors):
         return FAILED, "float64 is not supported: load with dtype=torch.float32 or torch.bfloat16"
+    if kv_cache_dtype != "auto" and shared:
+        return FAILED, (
+            f"its keys lie in a cache of transformers, which knows no {kv_cache_dtype}: use auto"
+        )
     if kv_cache_dtype != "auto":
         try:
             row_bytes(kv_cache_dtype, module.kv_lora_rank, module.qk_rope_head_dim)
         except ValueError as error:
             return FAILED, str(error)
-    return PATCHED, "already patched" if patch_state(module) is not None else "MLA"
+    if patch_state(module) is not None:
+        return PATCHED, "already patched"
+    return PATCHED, "one key head, which is its value" if shared else "MLA"

@@ -20,7 +20,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import sdpa_mask
+from transformers import MODEL_MAPPING
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 ATTENTION_NAME = "mla_cpu"  # transformers takes any name with "flash" in it for one of its own
 
@@ -51,9 +52,22 @@ def expand(module: AttentionModule, latent: Tensor, rope: Tensor) -> tuple[Tenso
 
 
 def mla_mask(*args: Any, **kwargs: Any) -> Any:
-    """The masks that transformers makes where the name is selected: those of sdpa."""
+    """The masks that transformers makes where the name is selected: those of sdpa, or of eager for
+    models that compute with numbers in them."""
     teach_selection(everybody=False)
-    return sdpa_mask(*args, **kwargs)
+    config_class: Any = type(kwargs.get("config"))
+    make: Any = eager_mask if _computes_with_masks(config_class) else sdpa_mask
+    return make(*args, **kwargs)
+
+
+@functools.cache
+def _computes_with_masks(config_class: Any) -> bool:
+    """Whether a model that is no MLA is written for eager masks alone."""
+    model_class = MODEL_MAPPING.get(config_class, None)
+    if model_class is None or getattr(model_class, "_supports_sdpa", True):
+        return False
+    names = vars(sys.modules[model_class.__module__])
+    return not any(hasattr(x, "expand_kv") for x in names.values())
 
 
 _teaching = threading.Lock()
