@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -253,21 +252,15 @@ def run_engine(model: str, options: dict[str, Any], batch: int, prompt: int, ste
 
 def in_a_process(*arguments: str) -> dict[str, float]:
     """Runs this program with ``arguments``; its last line of JSON."""
-    process = subprocess.Popen(
+    process = subprocess.run(
         [sys.executable, __file__, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
-    try:
-        output, _ = process.communicate(timeout=1800)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
     if process.returncode != 0:
-        raise SystemExit(output[-4000:])
-    return json.loads(next(line for line in output.splitlines() if line.startswith("{")))
+        raise SystemExit(process.stdout[-4000:])
+    return json.loads(next(line for line in process.stdout.splitlines() if line.startswith("{")))
 
 
 @contextmanager

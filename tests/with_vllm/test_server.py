@@ -39,6 +39,7 @@ CLIENTS = 16
 REQUESTS = 400
 ROUND = 50  # requests between two looks at memory
 NEW_TOKENS = 24
+HEALTHY_WITHIN = 600  # seconds, beside other work on the machine
 
 
 @dataclass
@@ -140,7 +141,7 @@ def total(metrics: dict[str, float], name: str, *labels: str) -> float:
 
 
 def _wait_until_healthy(server: Server) -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + HEALTHY_WITHIN
     while time.monotonic() < deadline:
         assert server.process.poll() is None, server.log.read_text()[-4000:]
         try:
@@ -148,7 +149,7 @@ def _wait_until_healthy(server: Server) -> None:
                 return
         except OSError:
             time.sleep(0.5)
-    raise AssertionError(f"not healthy after 180 s:\n{server.log.read_text()[-4000:]}")
+    raise AssertionError(f"not healthy after {HEALTHY_WITHIN} s:\n{server.log.read_text()[-4000:]}")
 
 
 async def stream(
@@ -175,7 +176,7 @@ async def stream(
 async def ask(url: str, prompts: list[list[int]], first: int, count: int) -> list[list[int]]:
     """``count`` requests by ``CLIENTS`` clients at a time; every seventh is given up midway."""
     turn = asyncio.Semaphore(CLIENTS)
-    async with openai.AsyncOpenAI(base_url=url + "/v1", api_key="none", timeout=120) as client:
+    async with openai.AsyncOpenAI(base_url=url + "/v1", api_key="none", timeout=600) as client:
 
         async def one(number: int) -> list[int]:
             async with turn:
@@ -185,7 +186,7 @@ async def ask(url: str, prompts: list[list[int]], first: int, count: int) -> lis
         return await asyncio.gather(*(one(first + number) for number in range(count)))
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_many_clients(tmp_path: Path, measured: Callable[[str], None]) -> None:
     prompts = held_out_prompts([7 + 31 * i for i in range(20)])
     # A small cache: pages are taken, given back and taken again all the time.
@@ -210,8 +211,8 @@ def test_many_clients(tmp_path: Path, measured: Callable[[str], None]) -> None:
 
         family = server.family()
         server.process.send_signal(signal.SIGINT)
-        status = server.process.wait(60)
-        _, alive = psutil.wait_procs(family, timeout=30)
+        status = server.process.wait(300)
+        _, alive = psutil.wait_procs(family, timeout=300)
         assert not alive
     log = server.log.read_text()
     assert status in (0, -signal.SIGINT), log[-4000:]
@@ -235,7 +236,7 @@ def test_many_clients(tmp_path: Path, measured: Callable[[str], None]) -> None:
         assert exact.argmax(1).tolist() == answer
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(1800)
 def test_packed_cache_and_metrics(tmp_path: Path) -> None:
     """The settings reach the engine by the command line, and its report of the cache grows."""
     setting = '{"torch_flash_mla": {"kv_cache_dtype": "q4_kv"}}'
@@ -253,7 +254,7 @@ def test_packed_cache_and_metrics(tmp_path: Path) -> None:
     assert (exact.amax(1) - taken).max() < 0.5  # a token that transformers finds as good
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1800)
 def test_example(tmp_path: Path) -> None:
     """The commands of ``examples/serve.md``, and what it says that they print."""
     text = (ROOT / "examples" / "serve.md").read_text()
@@ -270,14 +271,14 @@ def test_example(tmp_path: Path) -> None:
             subprocess.run(
                 ["sh", "-c", request.replace("8000", str(port)).replace("curl", "curl -sS", 1)],
                 stdout=subprocess.PIPE,
-                timeout=120,
+                timeout=600,
                 check=True,
             ).stdout
         )
         family = server.family()
         server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(60) in (0, -signal.SIGINT)
-        _, alive = psutil.wait_procs(family, timeout=30)
+        assert server.process.wait(300) in (0, -signal.SIGINT)
+        _, alive = psutil.wait_procs(family, timeout=300)
         assert not alive
     log = server.log.read_text()
     assert answer["usage"]["completion_tokens"] == 48
