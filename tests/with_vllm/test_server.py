@@ -255,6 +255,25 @@ def test_packed_cache_and_metrics(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(1800)
+def test_data_parallel(tmp_path: Path, measured: Callable[[str], None]) -> None:
+    """Two engines with a cache each behind one address, and both of them answer."""
+    prompts = held_out_prompts([7 + 61 * i for i in range(CLIENTS)])
+    options = ["--dtype", "float32", "--data-parallel-size", "2"]
+    with serving(tmp_path, "api_server", *options) as server:
+        answers = asyncio.run(ask(server.url, prompts, 0, CLIENTS))
+        finished = [
+            total(read_metrics(server), "vllm:request_success_total", f'engine="{engine}"')
+            for engine in range(2)
+        ]
+    measured(f"data parallel: {finished[0]:.0f} and {finished[1]:.0f} requests by two engines")
+    assert min(finished) > 0
+    assert server.log.read_text().count("MLA on level") == 2
+    for prompt, answer in zip(prompts, answers, strict=True):
+        exact = reference_logprobs(transformers_model(torch.float32), prompt, answer)
+        assert exact.argmax(1).tolist() == answer
+
+
+@pytest.mark.timeout(1800)
 def test_example(tmp_path: Path) -> None:
     """The commands of ``examples/serve.md``, and what it says that they print."""
     text = (ROOT / "examples" / "serve.md").read_text()
