@@ -28,9 +28,7 @@ def load_program(path: str) -> ModuleType:
     return module
 
 
-def run(
-    *command: str | Path, fails: bool = False, timeout: float = 600, **environment: str
-) -> str:
+def run(*command: str | Path, fails: bool = False, timeout: float = 600, **environment: str) -> str:
     """Output of a command that must succeed, or must fail."""
     result = subprocess.run(
         [str(c) for c in command],

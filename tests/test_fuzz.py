@@ -353,6 +353,35 @@ def test_deaths_and_hangs_have_names(tmp_path: Any) -> None:
     assert output[1] == "died: SIGABRT None"
 
 
+@pytest.mark.skipif("avx2" not in ISAS, reason="the codes are those of a level")
+def test_query_codes_may_all_be_off_to_one_side() -> None:
+    """bfloat16 numbers beside a step that is nearly a multiple of theirs."""
+    run.run(
+        specs.draw(0, 0, ISAS)
+        | {"kind": "attention", "isa": "avx2", "threads": 1, "deterministic": True, "mode": "none"}
+        | {"guard": "end", "data": 2625261210, "format": "q8_kv", "latent": 512, "rope": 0}
+        | {"page": 32, "layout": "rank4", "slices": "", "shared": False, "heads": 5}
+        | {"lengths": [16], "queries": [3], "ragged": False, "q_dtype": "bfloat16", "split": True}
+        | {"q_layout": "plain", "strided": False, "least_rows": 1, "causal": False, "window": 0}
+        | {"leftpad": [15], "mask": None, "indices": None, "sink": None, "scale": -1.0}
+        | {"logits": {"kind": "centre", "size": -400.0}, "poison": "inf", "poison_seen": False}
+        | {"poison_query": None, "gradients": False, "twice": True, "mutations": []}
+    )
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_codes_without_a_scale(isa: str) -> None:
+    """No encoder writes them; kernels take the scale for 1e-30."""
+    shape = {"format": "q8_kv", "latent": 160, "rope": 64, "indices": None, "twice": False}
+    changes = {"isa": isa, "gradients": False, **shape}
+    for call in calls(8, seed=4, **changes):
+        a = call.arguments
+        a["kv_cache"].zero_()
+        if a["q"].numel():
+            answer = run.call_operator(call, "none")
+            assert oracle.check_attention(a, *answer, oracle.attention(a, isa)) is None
+
+
 def test_calls() -> None:
     assert fuzz("1", "2000", "--workers", "2", timeout=300) == "2000 passed"
 
@@ -365,17 +394,24 @@ def test_a_level_is_forced() -> None:
     assert fuzz("2", "50", "--isa", "scalar", timeout=300) == "50 passed"
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_many_calls() -> None:
     workers = str(os.cpu_count() or 1)
     assert fuzz("3", "20000", "--workers", workers, timeout=1500) == "20000 passed"
 
 
-@pytest.mark.exhaustive  # compiles every level with sanitizers
+@pytest.mark.slow  # compiles every level with sanitizers
+@pytest.mark.xdist_group("builds")
 def test_sanitized_calls() -> None:
     workers = str(os.cpu_count() or 1)
     arguments = ("4", "3000", "--workers", workers, "--sanitize")
-    assert fuzz(*arguments, timeout=1800) == "3000 passed"
+    assert fuzz(*arguments, timeout=3000) == "3000 passed"
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("builds")
+def test_threads_without_races() -> None:
+    assert fuzz("6", "100", "--kind", "threads", "--tsan", timeout=3000) == "100 passed"
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,12 +14,11 @@ from programs import ROOT, load_program
 from programs import run as run_program
 
 import torch_flash_mla
+from tests.fuzz import sanitize
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("builds")]
 
-KERNEL_BUILD = ROOT / "build" / "kernels"
-ARCHIVE = KERNEL_BUILD / "libflashmla_kernels.a"
-SANITIZERS = {"TSAN_OPTIONS": "halt_on_error=1", "UBSAN_OPTIONS": "halt_on_error=1"}
+ARCHIVE = ROOT / "build" / "kernels" / "libflashmla_kernels.a"
 EMULATOR = shutil.which("qemu-x86_64")
 
 
@@ -35,39 +33,39 @@ def levels(output: str) -> list[str]:
     return re.findall(r"^(\w+): passed", output, re.MULTILINE)
 
 
+def link(archive: Path, to: Path, *compiler: str) -> Path:
+    """The test with the kernels of an archive."""
+    options = ("-std=c++20", "-Wall", "-Wextra", "-Werror", "-Icsrc", "-pthread")
+    run(*compiler, *options, "tests/cpp/kernel_test.cpp", archive, "-o", to)
+    return to
+
+
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The test linked with the archive that is in the library."""
     if not ARCHIVE.exists():
         pytest.skip("built elsewhere")
-    path = tmp_path_factory.mktemp("kernels") / "kernel_test"
     compiler = os.environ.get("CXX", "c++").split()
-    options = ("-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-Icsrc", "-pthread")
-    run(*compiler, *options, "tests/cpp/kernel_test.cpp", ARCHIVE, "-o", path)
-    return path
+    return link(ARCHIVE, tmp_path_factory.mktemp("kernels") / "kernel_test", *compiler, "-O2")
 
 
 def test_every_level(program: Path) -> None:
     assert levels(run(program)) == torch_flash_mla.available_isas()
 
 
-@pytest.mark.parametrize("sanitizers", ["thread", "address,undefined"])
-def test_sanitizers(sanitizers: str, tmp_path: Path) -> None:
-    built_by = KERNEL_BUILD / "compiler.txt"
-    compiler = built_by.read_text() if built_by.exists() else os.environ.get("CXX", "c++")
-    probe = tmp_path / "probe"
-    probe.with_suffix(".cpp").write_text("int main() {}")
-    command = [*compiler.split(), f"-fsanitize={sanitizers}", f"{probe}.cpp", "-o", str(probe)]
-    if subprocess.run(command).returncode != 0 or subprocess.run([probe]).returncode != 0:
-        pytest.skip(f"{compiler} has no working -fsanitize={sanitizers} here")
-
-    build = ROOT / "build" / "kernel_test" / sanitizers.replace(",", "_")
-    options = ("-DCMAKE_BUILD_TYPE=Debug", "-DFLASHMLA_TESTS=ON", "-DFLASHMLA_WERROR=ON")
-    options += (f"-DFLASHMLA_SANITIZE={sanitizers}",)
-    if not (build / "CMakeCache.txt").exists():  # CMake cannot change its compiler in place
-        run("cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *options, CXX=compiler)
-    run("cmake", "--build", build, "--parallel", os.environ.get("MAX_JOBS", "2"))
-    output = run(build / "kernel_test", "16", **SANITIZERS)
+@pytest.mark.parametrize("sanitizers", [sanitize.ADDRESS, sanitize.THREAD], ids=lambda s: s.names)
+def test_sanitizers(sanitizers: sanitize.Sanitizers, tmp_path: Path) -> None:
+    """The fuzzer's build with them, whose archive this program is linked with."""
+    if not sanitize.runtime(sanitizers):
+        pytest.skip(f"g++ has no runtime of -fsanitize={sanitizers.names}")
+    sanitize.mirror(sanitizers.tree)
+    sanitize.build(sanitizers)
+    program = link(
+        sanitizers.tree / "build" / "kernels" / ARCHIVE.name,
+        tmp_path / "kernel_test",
+        *("g++", "-O1", f"-fsanitize={sanitizers.names}", "-Wno-restrict"),
+    )
+    output = run(program, "16", TSAN_OPTIONS="halt_on_error=1", UBSAN_OPTIONS="halt_on_error=1")
     assert levels(output) == torch_flash_mla.available_isas()
 
 

@@ -42,6 +42,8 @@ _RANGE = 1e37
 _LEVELS = np.array(
     [-127, -96, -74, -57, -42, -29, -17, -6, 6, 17, 29, 42, 57, 74, 96, 127], dtype=np.float32
 )
+# A smaller scale of the values of a token is taken for this one.
+_LEAST_SCALE = 1e-30
 # Per format, the largest code of each segment.
 _LARGEST_CODE = {"q8_kv": (127, 127), "q8_0": (128, 128), "q6_0": (32, 32), "q4_kv": (127, 128)}
 
@@ -409,6 +411,8 @@ def _attend(
     bound += (8 * _F32 + sums) * (p @ norm)
     if how.arithmetic == "BF16" or how.expanded:
         bound += _independent(_BF16 * p if how.out == _BF16 else _F32 * p, norm)
+    if peak is not None:
+        bound += _LEAST_SCALE * 128 * math.sqrt(latent)
     if peak is not None and how.arithmetic.startswith("INT"):
         bound += _rounded_values(p, seen.count, norm, peak[:, 0], latent, how)
 
@@ -525,9 +529,11 @@ def _rounded_codes(
     """[Sq, H, n] what codes of queries and keys do to a logit, before the softmax scale.
 
     Errors of half a code at most are independent: six standard deviations, or all of them at worst.
-    Int8 computes a logit more finely once its error is expected to exceed 0.05 (log2).
+    Those of queries are also computed, as 16-bit numbers beside a step that is nearly a multiple of
+    theirs are all off to the same side. Int8 computes a logit more finely once its error is
+    expected to exceed 0.05 (log2).
     """
-    variance = expected = rounded = 0.0
+    variance = expected = rounded = computed = finely = 0.0
     worst = 0.0
     step_k = _steps(peak, how)
     for seg, part in enumerate((slice(0, latent), slice(latent, None))):
@@ -535,13 +541,12 @@ def _rounded_codes(
         length = mine.shape[2]
         if length == 0:
             continue
-        most = np.abs(mine).max(axis=2)
-        if how.arithmetic == "INT8":
-            step = most / 127
-        else:
-            few = how.cache_format == "q8_kv"
-            sums = _sums(np.abs(mine), 512 if few else 64)
-            step = np.maximum(most / 32767, sums / (2.0**31 / (128 if few else 11585) * 0.99 - 256))
+        step = _query_steps(mine, how)
+        codes = mine / np.where(step > 0, step, 1)[:, :, None]
+        left = codes - np.round(codes)
+        computed = computed + step[:, :, None] * (left @ of_keys.T)
+        left = left - np.round(left * 254) / 254
+        finely = finely + step[:, :, None] * (left @ of_keys.T)
         square = np.square(of_keys).sum(axis=1)
         variance = variance + np.square(step)[:, :, None] * square / 12
         worst = worst + step[:, :, None] / 2 * np.abs(of_keys).sum(axis=1)
@@ -549,11 +554,24 @@ def _rounded_codes(
         if how.cache_format != "q8_kv":
             squares = np.square(mine).sum(axis=2)[:, :, None]
             rounded = rounded + squares * np.square(1.5 * step_k[:, seg]) / 12
-    error = np.minimum(6 * np.sqrt(variance), worst)
+    deviation = np.sqrt(variance)
+    error = np.minimum(np.maximum(6 * deviation, np.abs(computed) + 2 * deviation), worst)
     if how.arithmetic == "INT8":
         fine = scale * np.sqrt(expected) > 0.05 * math.log(2) * 1.02
-        error = np.where(fine, error / 254, error)
+        most = np.maximum(6 * deviation, np.abs(finely) * 254 + 2 * deviation)
+        error = np.where(fine, np.minimum(most, worst) / 254, error)
     return error + 6 * np.sqrt(rounded)
+
+
+def _query_steps(q: Array, how: Precision) -> Array:
+    """What a code of each query of a segment [Sq, H, d] stands for."""
+    most = np.abs(q).max(axis=2)
+    if how.arithmetic == "INT8":
+        return most / 127
+    largest, length = (127, 512) if how.cache_format == "q8_kv" else (11585, 64)
+    # Products of codes fit int32, where each code is half of one off.
+    room = 2.0**31 * (1023 / 1024) / largest - min(length, q.shape[2]) / 2
+    return np.maximum(most / 32767, _sums(np.abs(q), length) / room)
 
 
 def _sums(x: Array, length: int) -> Array:
@@ -573,7 +591,7 @@ def _rounded_values(
     top = 255 if how.arithmetic == "INT8" else 1448
     step = _steps(np.stack([peak, peak], axis=1), how)[:, 0]
     largest = (p / times * step).max(axis=2, initial=0)
-    usable = np.maximum(step, 1e-30)
+    usable = np.maximum(step, _LEAST_SCALE)
     part = np.where(p > 0, 0.5 / top * times * largest[:, :, None] / usable, 0)
     bound = 1.1 * _independent(part, norm)
     if how.cache_format != "q8_kv":  # of equal values, equal errors

@@ -458,16 +458,16 @@ def _merged(x: oracle.Expected, y: oracle.Expected, sink: Tensor | None) -> orac
         total = lse if sink is None else np.logaddexp(lse, oracle.to_numpy(sink))
         wx, wy = (np.nan_to_num(np.exp(e.lse - total)) for e in (x, y))
     bound = wx * x.out_bound + wy * y.out_bound
-    off = 4 * (x.lse_bound + y.lse_bound)  # how far the weights may be off
-    off = np.where(np.isfinite(off), off, 0)
+    # A part without keys has no weight.
+    lse_bounds = [np.nan_to_num(e.lse_bound, posinf=0) for e in (x, y)]
+    off = 4 * sum(lse_bounds)  # how far the weights may be off
     norms = np.linalg.norm(x.out, axis=2) + np.linalg.norm(y.out, axis=2)
     unit = x.out_bound * 0 + 2.0**-7
     return oracle.Expected(
         wx[:, :, None] * x.out + wy[:, :, None] * y.out,
         lse,
         bound + np.minimum(off, 1) * norms + unit * norms,
-        np.maximum(np.nan_to_num(x.lse_bound, posinf=0), np.nan_to_num(y.lse_bound, posinf=0))
-        + 1e-5,
+        np.maximum(*lse_bounds) + 1e-5,
         np.maximum(x.status, y.status),
     )
 

@@ -61,22 +61,30 @@ def execute_again(sanitizers: Sanitizers, option: str) -> None:
     Raises:
         SystemExit: it does not compile, or there is no runtime of the sanitizers.
     """
+    libraries = runtime(sanitizers)
+    if not libraries:
+        raise SystemExit(f"tests.fuzz: g++ has no {' or no '.join(sanitizers.libraries)}")
     mirror(sanitizers.tree)
     build(sanitizers)
-    libraries = []
-    for name in sanitizers.libraries:
-        path = subprocess.run(
-            ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        if not os.path.isabs(path):
-            raise SystemExit(f"tests.fuzz: g++ has no {name}")
-        libraries.append(path)
     arguments = [a for a in sys.argv[1:] if a != option]
     environment = {**os.environ, **sanitizers.environment, "LD_PRELOAD": " ".join(libraries)}
     environment.pop("PYTHONPATH", None)
     os.chdir(sanitizers.tree)
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, "-m", "tests.fuzz", *arguments], environment)
+
+
+def runtime(sanitizers: Sanitizers) -> list[str]:
+    """Where g++ has what is loaded before everything else; empty if it lacks any of it."""
+    libraries = []
+    for name in sanitizers.libraries:
+        path = subprocess.run(
+            ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        if not os.path.isabs(path):
+            return []
+        libraries.append(path)
+    return libraries
 
 
 def mirror(tree: Path) -> None:

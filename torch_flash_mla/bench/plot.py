@@ -212,7 +212,7 @@ def write_plot(path: str, command: str, title: str, where: dict[str, Any], rows:
     elif command == "step":
         tall = len(_distinct(rows, "isa", "heads"))
     figure = Figure(figsize=(9, 1 + 3.4 * tall), dpi=150, layout="constrained")
-    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    figure.suptitle(title[:1].upper() + title[1:], fontsize=11, x=0.01, ha="left")
     _PICTURES[command](figure, rows)
     for ax in figure.axes:
         ax.spines[["top", "right"]].set_visible(False)
