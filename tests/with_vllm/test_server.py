@@ -16,7 +16,6 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import openai
@@ -202,10 +201,11 @@ def test_many_clients(tmp_path: Path, measured: Callable[[str], None]) -> None:
         assert resident[-1] <= resident[REQUESTS // ROUND // 2 - 1] + (32 << 20)
 
         metrics = read_metrics(server)
-        finished = partial(total, metrics, "vllm:request_success_total")
-        aborted = finished('finished_reason="abort"')
-        assert aborted > 0
-        assert aborted + finished('finished_reason="length"') == REQUESTS
+        # What a client gives up counts as no success of any kind: vLLM has forgotten it by then.
+        aborted = REQUESTS - total(
+            metrics, "vllm:request_success_total", 'finished_reason="length"'
+        )
+        assert 0 < aborted <= sum(number % 7 == 3 for number in range(REQUESTS))
         for gauge in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
             assert total(metrics, f"vllm:{gauge}") == 0, f"{gauge}: something is left of requests"
 
