@@ -12,10 +12,11 @@ In an environment that has vLLM (``make test-vllm`` makes one), on a quiet machi
 
     python benchmarks/vllm_decode.py
     python benchmarks/vllm_decode.py --experts 8 --prompt 256   # smaller: 1.1 GB of weights
-    python benchmarks/vllm_decode.py --variants CPU_MLA q8_kv   # fewer engines
+    python benchmarks/vllm_decode.py --only kernels             # the first table
+    python benchmarks/vllm_decode.py --only engines --variants CPU_MLA q8_kv
 
-The variants of the first table take turns, so that a busy machine slows all of them, and each shows
-its median; the engines run one after the other, each in a process of its own.
+OMP_NUM_THREADS is the number of threads. The variants of the first table take turns, and the least
+disturbed turn of each counts; the engines run one after the other, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -45,6 +45,7 @@ from torch import Tensor
 
 import torch_flash_mla
 from torch_flash_mla import ops
+from torch_flash_mla.bench import measure
 from torch_flash_mla.formats import PACKED_FORMATS, row_bytes
 
 LATENT, ROPE = 512, 64
@@ -125,7 +126,7 @@ def kernels(heads: int, batch: int, keys: int) -> dict[str, Callable[[], Tensor]
     return variants | {f"here, {name}": ours(name) for name in FORMATS}
 
 
-def time_kernels(keys: int, seconds: float) -> None:
+def time_kernels(keys: int, effort: measure.Effort) -> None:
     """Prints the first table."""
     title = f"attention of one decoding step, {keys} keys, bfloat16 queries, "
     print(f"\n{title}level {ops.cpu_isa()}, {torch.get_num_threads()} threads")
@@ -135,22 +136,16 @@ def time_kernels(keys: int, seconds: float) -> None:
             torch.manual_seed(0)
             variants = kernels(heads, batch, keys)
             expected = variants["here, auto"]().float()
-            times: dict[str, list[float]] = {name: [] for name in variants}
-            deadline = time.perf_counter() + seconds
-            while time.perf_counter() < deadline or len(times["here, auto"]) < 3:
-                for name, run in variants.items():
-                    start = time.perf_counter()
-                    run()
-                    times[name].append(time.perf_counter() - start)
+            times = measure.race(variants, effort)
             work = 2 * batch * heads * keys * (2 * LATENT + ROPE)
-            base = statistics.median(times["vLLM CPU_MLA"])
             for name, run in variants.items():
-                median = statistics.median(times[name])
+                seconds, speed = times[name], times["vLLM CPU_MLA"] / times[name]
                 error = ((run().float() - expected).norm() / expected.norm()).item()
                 label = f"{model}, batch {batch}" if name == "vLLM CPU_MLA" else ""
                 print(
-                    f"{label:24}{name:16}{1e3 * median:9.3f}{work / median / 1e9:10.1f}"
-                    f"{base / median:7.2f}x{100 * error:8.2f}%"
+                    f"{label:24}{name:16}{1e3 * seconds:9.3f}{work / seconds / 1e9:10.1f}"
+                    f"{speed:7.2f}x{100 * error:8.2f}%",
+                    flush=True,
                 )
 
 
@@ -257,21 +252,15 @@ def run_engine(model: str, options: dict[str, Any], batch: int, prompt: int, ste
 
 def in_a_process(*arguments: str) -> dict[str, float]:
     """Runs this program with ``arguments``; its last line of JSON."""
-    process = subprocess.Popen(
+    process = subprocess.run(
         [sys.executable, __file__, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
-    try:
-        output, _ = process.communicate(timeout=1800)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
     if process.returncode != 0:
-        raise SystemExit(output[-4000:])
-    return json.loads(next(line for line in output.splitlines() if line.startswith("{")))
+        raise SystemExit(process.stdout[-4000:])
+    return json.loads(next(line for line in process.stdout.splitlines() if line.startswith("{")))
 
 
 @contextmanager
@@ -314,8 +303,10 @@ def main() -> None:
         return
     variants = [name.split()[-1] for name in engines()]
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", choices=("kernels", "engines"), help="one of the two parts")
     parser.add_argument("--keys", type=int, default=4096)
-    parser.add_argument("--seconds", type=float, default=10.0, help="per shape of the first table")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each variant")
+    parser.add_argument("--seconds", type=float, default=0.2, help="of a turn")
     parser.add_argument("--batch", type=int, default=16, help="sequences of an engine")
     parser.add_argument("--prompt", type=int, default=2048, help="tokens of each")
     parser.add_argument("--steps", type=int, default=48, help="tokens that each decodes")
@@ -329,9 +320,11 @@ def main() -> None:
         help="engines; speeds are relative to the first of the list above",
     )
     arguments = parser.parse_args()
-    print(f"torch_flash_mla {torch_flash_mla.__version__}, torch {torch.__version__}")
-    time_kernels(arguments.keys, arguments.seconds)
-    time_engines(arguments)
+    print(f"torch_flash_mla {torch_flash_mla.__version__}, torch {torch.__version__}", flush=True)
+    if arguments.only != "engines":
+        time_kernels(arguments.keys, measure.Effort(arguments.rounds, arguments.seconds))
+    if arguments.only != "kernels":
+        time_engines(arguments)
 
 
 if __name__ == "__main__":

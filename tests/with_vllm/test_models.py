@@ -26,11 +26,6 @@ def prompts(vocabulary: int) -> list[list[int]]:
 PUBLISHED: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "glm4_moe_lite": {"topk_method": "noaux_tc", "first_k_dense_replace": 1},
-    "longcat_flash": {
-        "mla_scale_q_lora": True,
-        "mla_scale_kv_lora": True,
-        "zero_expert_type": "identity",
-    },
 }
 
 
@@ -52,7 +47,6 @@ CASES = {
     "minicpm3": ("minicpm3", {"kv_lora_rank": 256}, {"model_impl": "transformers"}),
     "glm4_moe_lite": ("glm4_moe_lite", {}, {}),
     # transformers writes weights of experts that do nothing, which vLLM has no place for
-    "longcat_flash": ("longcat_flash", {"zero_expert_num": 0}, {}),
     "odd widths": ("deepseek_v2", {"kv_lora_rank": 88, "qk_rope_head_dim": 20}, {}),
 }
 

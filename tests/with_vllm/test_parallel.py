@@ -43,7 +43,7 @@ def in_processes(folder: Path, **options: Any) -> tuple[list[list[int]], str]:
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=240)
+        output, _ = process.communicate(timeout=900)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -52,7 +52,7 @@ def in_processes(folder: Path, **options: Any) -> tuple[list[list[int]], str]:
     return tokens, output
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks are bound to two cores")
 @pytest.mark.parametrize("name", ["auto", "q8_kv"])
 def test_tensor_parallel(tmp_path: Path, measured: Callable[[str], None], name: str) -> None:

@@ -161,3 +161,9 @@ def test_rotary_kernel_of_vllm_is_still_wrong() -> None:
     expected, _ = rotary.forward_native(positions, query.clone(), key.clone())
     found, _ = rotary.forward_cpu(positions, query.clone(), key.clone())
     assert not torch.allclose(found, expected)
+
+
+def test_router_of_longcat_is_still_missing() -> None:
+    """Why ``test_models.py`` has no LongCat: if this fails, it can."""
+    current_platform.import_kernels()
+    assert not hasattr(torch.ops._moe_C, "topk_softmax")

@@ -16,7 +16,6 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import openai
@@ -36,8 +35,10 @@ COMMANDS = {
 }
 
 CLIENTS = 16
-REQUESTS = 200
+REQUESTS = 400
+ROUND = 50  # requests between two looks at memory
 NEW_TOKENS = 24
+HEALTHY_WITHIN = 600  # seconds, beside other work on the machine
 
 
 @dataclass
@@ -80,7 +81,13 @@ def serving(folder: Path, command: str, *options: str) -> Iterator[Server]:
     arguments = [sys.executable, "-m", *COMMANDS[command]]
     arguments += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny"]
     arguments += ["--max-model-len", "2048", "--enforce-eager", "--shutdown-timeout", "30"]
-    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
+    # What is freed goes back to the system, so that resident memory is what the server holds: else
+    # malloc keeps a little more with every new size of a step, for thousands of steps.
+    environment = {
+        **os.environ,
+        "VLLM_LOGGING_LEVEL": "INFO",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+    }
     if command == "vllm serve":
         environment["PYTHONPATH"] = os.pathsep.join([str(metadata_of_vllm(folder)), str(ROOT)])
     del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
@@ -133,7 +140,7 @@ def total(metrics: dict[str, float], name: str, *labels: str) -> float:
 
 
 def _wait_until_healthy(server: Server) -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + HEALTHY_WITHIN
     while time.monotonic() < deadline:
         assert server.process.poll() is None, server.log.read_text()[-4000:]
         try:
@@ -141,7 +148,7 @@ def _wait_until_healthy(server: Server) -> None:
                 return
         except OSError:
             time.sleep(0.5)
-    raise AssertionError(f"not healthy after 180 s:\n{server.log.read_text()[-4000:]}")
+    raise AssertionError(f"not healthy after {HEALTHY_WITHIN} s:\n{server.log.read_text()[-4000:]}")
 
 
 async def stream(
@@ -168,7 +175,7 @@ async def stream(
 async def ask(url: str, prompts: list[list[int]], first: int, count: int) -> list[list[int]]:
     """``count`` requests by ``CLIENTS`` clients at a time; every seventh is given up midway."""
     turn = asyncio.Semaphore(CLIENTS)
-    async with openai.AsyncOpenAI(base_url=url + "/v1", api_key="none", timeout=120) as client:
+    async with openai.AsyncOpenAI(base_url=url + "/v1", api_key="none", timeout=600) as client:
 
         async def one(number: int) -> list[int]:
             async with turn:
@@ -178,32 +185,34 @@ async def ask(url: str, prompts: list[list[int]], first: int, count: int) -> lis
         return await asyncio.gather(*(one(first + number) for number in range(count)))
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1800)
 def test_many_clients(tmp_path: Path, measured: Callable[[str], None]) -> None:
     prompts = held_out_prompts([7 + 31 * i for i in range(20)])
     # A small cache: pages are taken, given back and taken again all the time.
     options = ["--dtype", "float32", "--num-gpu-blocks-override", "100"]
     with serving(tmp_path, "vllm serve", *options) as server:
         answers, resident, seconds = [], [], 0.0
-        for first in range(0, REQUESTS, REQUESTS // 4):
+        for first in range(0, REQUESTS, ROUND):
             start = time.monotonic()
-            answers += asyncio.run(ask(server.url, prompts, first, REQUESTS // 4))
+            answers += asyncio.run(ask(server.url, prompts, first, ROUND))
             seconds += time.monotonic() - start
             resident.append(server.resident())
-        assert resident[-1] <= resident[1] + (64 << 20)
+        # The first half touches all pages, and has oneDNN make kernels for most sizes of a step.
+        assert resident[-1] <= resident[REQUESTS // ROUND // 2 - 1] + (32 << 20)
 
         metrics = read_metrics(server)
-        finished = partial(total, metrics, "vllm:request_success_total")
-        aborted = finished('finished_reason="abort"')
-        assert aborted > 0
-        assert aborted + finished('finished_reason="length"') == REQUESTS
+        # What a client gives up counts as no success of any kind: vLLM has forgotten it by then.
+        aborted = REQUESTS - total(
+            metrics, "vllm:request_success_total", 'finished_reason="length"'
+        )
+        assert 0 < aborted <= sum(number % 7 == 3 for number in range(REQUESTS))
         for gauge in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
             assert total(metrics, f"vllm:{gauge}") == 0, f"{gauge}: something is left of requests"
 
         family = server.family()
         server.process.send_signal(signal.SIGINT)
-        status = server.process.wait(60)
-        _, alive = psutil.wait_procs(family, timeout=30)
+        status = server.process.wait(300)
+        _, alive = psutil.wait_procs(family, timeout=300)
         assert not alive
     log = server.log.read_text()
     assert status in (0, -signal.SIGINT), log[-4000:]
@@ -211,7 +220,7 @@ def test_many_clients(tmp_path: Path, measured: Callable[[str], None]) -> None:
     assert "Traceback" not in log
     measured(
         f"vllm serve: {REQUESTS} requests of {CLIENTS} clients in {seconds:.0f} s, {aborted:.0f} "
-        f"aborted; {' '.join(str(size >> 20) for size in resident)} MiB after each quarter; "
+        f"aborted; {' '.join(str(size >> 20) for size in resident)} MiB after each {ROUND}; "
         f"exit status {status}, {len(family)} processes gone"
     )
 
@@ -227,7 +236,7 @@ def test_many_clients(tmp_path: Path, measured: Callable[[str], None]) -> None:
         assert exact.argmax(1).tolist() == answer
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(1800)
 def test_packed_cache_and_metrics(tmp_path: Path) -> None:
     """The settings reach the engine by the command line, and its report of the cache grows."""
     setting = '{"torch_flash_mla": {"kv_cache_dtype": "q4_kv"}}'
@@ -245,7 +254,26 @@ def test_packed_cache_and_metrics(tmp_path: Path) -> None:
     assert (exact.amax(1) - taken).max() < 0.5  # a token that transformers finds as good
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1800)
+def test_data_parallel(tmp_path: Path, measured: Callable[[str], None]) -> None:
+    """Two engines with a cache each behind one address, and both of them answer."""
+    prompts = held_out_prompts([7 + 61 * i for i in range(CLIENTS)])
+    options = ["--dtype", "float32", "--data-parallel-size", "2"]
+    with serving(tmp_path, "api_server", *options) as server:
+        answers = asyncio.run(ask(server.url, prompts, 0, CLIENTS))
+        finished = [
+            total(read_metrics(server), "vllm:request_success_total", f'engine="{engine}"')
+            for engine in range(2)
+        ]
+    measured(f"data parallel: {finished[0]:.0f} and {finished[1]:.0f} requests by two engines")
+    assert min(finished) > 0
+    assert server.log.read_text().count("MLA on level") == 2
+    for prompt, answer in zip(prompts, answers, strict=True):
+        exact = reference_logprobs(transformers_model(torch.float32), prompt, answer)
+        assert exact.argmax(1).tolist() == answer
+
+
+@pytest.mark.timeout(1800)
 def test_example(tmp_path: Path) -> None:
     """The commands of ``examples/serve.md``, and what it says that they print."""
     text = (ROOT / "examples" / "serve.md").read_text()
@@ -262,14 +290,14 @@ def test_example(tmp_path: Path) -> None:
             subprocess.run(
                 ["sh", "-c", request.replace("8000", str(port)).replace("curl", "curl -sS", 1)],
                 stdout=subprocess.PIPE,
-                timeout=120,
+                timeout=600,
                 check=True,
             ).stdout
         )
         family = server.family()
         server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(60) in (0, -signal.SIGINT)
-        _, alive = psutil.wait_procs(family, timeout=30)
+        assert server.process.wait(300) in (0, -signal.SIGINT)
+        _, alive = psutil.wait_procs(family, timeout=300)
         assert not alive
     log = server.log.read_text()
     assert answer["usage"]["completion_tokens"] == 48

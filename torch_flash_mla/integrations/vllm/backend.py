@@ -172,6 +172,7 @@ class FlashMLAImpl(MLACommonImpl[FlashMLAMetadata]):
             ops.cpu_isa(),
             name,
             row,
+            scope="process",
         )
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
