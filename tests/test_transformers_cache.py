@@ -168,6 +168,13 @@ class TestContents:
             assert_near(ours.keys, theirs.keys)
             assert_near(ours.values, theirs.values)
 
+    def test_a_cache_that_grows_is_a_dynamic_one(self, stock: PreTrainedModel) -> None:
+        growing, fixed = MLACache(stock.config), MLACache(stock.config, max_cache_len=64)
+        for cache, is_dynamic in (growing, True), (fixed, False):
+            for copied in cache, copy.deepcopy(cache):
+                assert isinstance(copied, MLACache)
+                assert isinstance(copied, DynamicCache) == is_dynamic
+
     def test_follow_what_is_done_to_the_cache(self, stock: PreTrainedModel, ids: Tensor) -> None:
         model = copy.deepcopy(stock)
         patch(model)

@@ -528,7 +528,9 @@ class MLACache(Cache):
             layer = ours[type(stock[i])](**arguments)
             layer.attach(self.pages, index)
             stock[i] = layer
-        super().__init__(layers=stock)
+        Cache.__init__(self, layers=stock)
+        if max_cache_len is None and type(self) is MLACache:
+            self.__class__ = GrowingMLACache
 
     @property
     def nbytes(self) -> int:
@@ -829,6 +831,11 @@ class MLACache(Cache):
         if paged.cache_seqlens[: paged.batch].tolist() != [context.count(length)] * paged.batch:
             raise ValueError(f"context.length: got {length}, which is not that of the pages")
         self.pages.context_length = length
+
+
+class GrowingMLACache(MLACache, DynamicCache):
+    """What an ``MLACache`` without ``max_cache_len`` is: code that looks for the ``DynamicCache``
+    that ``generate()`` makes by default finds one."""
 
 
 def _refuse_assignment(name: str, value: Tensor | None) -> None:
