@@ -127,8 +127,6 @@ def contents(cache: Any) -> dict[str, Any]:
             state = dict(sorted(vars(layer).items()))
             if state.pop("pages", None) is not None:
                 state.pop("_nan", None)
-                for name in ("keys", "values"):  # carriers are nothing but a shape
-                    state[name] = getattr(state[name], "shape", None)
             found[f"layer {i}"] = _plain(state)
     for name in ("dtype", "kv_cache_dtype", "block_size", "max_batch", "max_cache_len", "batch"):
         found[name] = str(getattr(paged, name))
