@@ -9,6 +9,7 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,14 @@ from torch_flash_mla import ops, reference
 from torch_flash_mla.formats import PACKED_FORMATS, row_bytes
 
 ISAS = torch_flash_mla.available_isas()
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """``run.run`` takes one thread for good, as workers shall."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 def fuzz(*arguments: str, timeout: float) -> str:
@@ -418,6 +427,9 @@ def test_damaged_files() -> None:
 
 
 def test_the_scale_of_the_machine_is_left_alone() -> None:
-    """Cases change levels and threads of the worker, not of whoever imports the fuzzer."""
-    assert ops.cpu_isa() in ISAS
+    """Cases change levels and threads for a call, not for whoever runs them."""
+    before = ops.cpu_isa(), torch.get_num_threads()
+    for call in calls(len(ISAS) * 4, seed=5):
+        run.call_operator(call, "none")
+        assert (ops.cpu_isa(), torch.get_num_threads()) == before
     assert not torch.are_deterministic_algorithms_enabled()

@@ -49,7 +49,7 @@ def run(spec: Spec) -> None:
     Raises:
         Wrong: the answer is not what it should be.
     """
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # of the worker: what is around a call needs no more
     call = build(spec)
     if spec["mutations"]:
         _run_hostile(call)
@@ -60,17 +60,21 @@ def run(spec: Spec) -> None:
 @contextlib.contextmanager
 def environment(spec: Spec, threads: int | None = None) -> Iterator[None]:
     """Level, threads and determinism of a case, for the operator alone."""
-    if torch_flash_mla.cpu_isa() != spec["isa"]:
+    level, threads_before = torch_flash_mla.cpu_isa(), torch.get_num_threads()
+    if level != spec["isa"]:
         ops.set_isa(spec["isa"])
     torch.set_num_threads(threads or spec["threads"])
     # torch.use_deterministic_algorithms() also imports a compiler, to tell it.
     torch._C._set_deterministic_algorithms(spec["deterministic"])
-    ops.set_onednn_least_rows(spec.get("least_rows", 16))
+    least_rows = ops.set_onednn_least_rows(spec.get("least_rows", 16))
     try:
         yield
     finally:
+        ops.set_onednn_least_rows(least_rows)
         torch._C._set_deterministic_algorithms(False)
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads_before)
+        if level != spec["isa"]:
+            ops.set_isa(level)
 
 
 def function(call: Call) -> Any:
