@@ -38,6 +38,12 @@ def _reproducible() -> None:
     torch.set_num_threads(2)
 
 
+@pytest.fixture
+def one_thread(_reproducible: None) -> None:
+    """Models as small as those of the tests would spend their time on waking threads."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that examples/cpp/export.py fills: takes about 40 seconds, in slow tests only."""

@@ -36,10 +36,7 @@ FAMILIES = (FAMILY, "kimi_linear", "dots3_note", "hy_v4", "mistral_large4", "glm
 FAMILIES = tuple(family for family in FAMILIES if family in families())
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_reproducible: None) -> None:
-    """Models as small as these would spend their time on waking threads."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,11 @@ from transformers_compare import TOLERANCE
 from torch_flash_mla.integrations.transformers import MLACache
 from torch_flash_mla.integrations.transformers.context_parallel import ContextShare
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("context parallel")]
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.timeout(600),
+    pytest.mark.xdist_group("context parallel"),
+]
 
 
 def torchrun(size: int, program: str, *arguments: Path | str, **environment: str) -> str:
@@ -33,11 +37,6 @@ def torchrun(size: int, program: str, *arguments: Path | str, **environment: str
         PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         **environment,
     )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(_reproducible: None) -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])

@@ -12,11 +12,7 @@ import torch
 from programs import ROOT, load_program, run
 from transformers_cases import TINY_MODEL, small_model
 
-
-@pytest.fixture(autouse=True)
-def _one_thread(_reproducible: None) -> None:
-    """Models as small as these would spend their time on waking threads."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

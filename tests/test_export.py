@@ -27,10 +27,7 @@ BLOCK_SIZE = 8
 export = load_program("examples/cpp/export.py")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_reproducible: None) -> None:
-    """Models as small as these would spend their time on waking threads."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def patched_model(family: str = FAMILY) -> PreTrainedModel:

@@ -22,10 +22,7 @@ HYBRIDS = ("kimi_linear", "dots3_note", "hy_v4", "mistral_large4", "glm5_next")
 HYBRIDS = tuple(family for family in HYBRIDS if family in families())
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_reproducible: None) -> None:
-    """Models as small as these would spend their time on waking threads."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

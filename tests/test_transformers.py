@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 import transformers
 from packaging.version import Version
 from programs import ROOT
@@ -67,10 +66,7 @@ def cases(what: Any, fast: Callable[[str, str], bool], but: tuple[str, ...] = ()
     return params
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_reproducible: None) -> None:
-    """Models as small as these would spend their time on waking threads."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from programs import load_program
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers_cases import TINY_MODEL, mla_layers, small_model, tiny_model
-from transformers_compare import CACHE_ARGUMENT, prompt, watch
+from transformers_compare import CACHE_ARGUMENT, assert_near, prompt, watch
 
 import torch_flash_mla
 from torch_flash_mla import ops
@@ -35,9 +35,7 @@ from torch_flash_mla.integrations.transformers.fingerprint import difference, fi
 FAMILY = "deepseek_v3"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_reproducible: None) -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +75,6 @@ def text(model: Any, ids: Tensor, **arguments: Any) -> Tensor:
 
 def _out_of_memory(*args: Any, **kwargs: Any) -> None:
     raise torch.OutOfMemoryError("injected")
-
-
-def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 5e-4) -> None:
-    assert actual.shape == expected.shape
-    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 class TestCarriers:

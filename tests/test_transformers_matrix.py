@@ -37,16 +37,10 @@ import torch_flash_mla
 from torch_flash_mla.integrations.transformers import patch, patched, unpatch
 from torch_flash_mla.integrations.transformers.compat import CACHE_ARGUMENT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 FORMATS = ("auto", "q8_kv")
 STEPS = (8, 1, 1, 3)  # tokens of each forward pass
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(_reproducible: None) -> None:
-    """Models as small as these would spend their time on waking threads."""
-    torch.set_num_threads(1)
 
 
 def logits(model: Any, cache: Any = None, **arguments: Any) -> Tensor:

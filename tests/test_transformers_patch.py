@@ -24,7 +24,7 @@ from transformers import (
     StaticCache,
 )
 from transformers_cases import mla_layers, small_model
-from transformers_compare import prompt, watch
+from transformers_compare import assert_near, logits, prompt, watch
 
 from torch_flash_mla.integrations import transformers as integration
 from torch_flash_mla.integrations.transformers import MLACache, patch, patched, unpatch
@@ -33,10 +33,7 @@ from torch_flash_mla.integrations.transformers.attention import mla_attention_fo
 FAMILY = "deepseek_v3"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_reproducible: None) -> None:
-    """Models as small as these would spend their time on waking threads."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +54,6 @@ def text(model: PreTrainedModel, lengths: tuple[int, ...] = (9,), **arguments: A
     """Tokens of ``generate``, greedy unless told otherwise."""
     arguments = {"max_new_tokens": 12, "do_sample": False, **arguments}
     return model.generate(**prompt(lengths), **arguments)
-
-
-def logits(model: PreTrainedModel, ids: Tensor, **arguments: Any) -> Tensor:
-    with torch.no_grad():
-        return model(ids, **arguments).logits
-
-
-def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 5e-4) -> None:
-    assert actual.shape == expected.shape
-    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 @pytest.fixture

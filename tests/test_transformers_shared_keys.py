@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers_cases import shared_key_families, small_model
-from transformers_compare import OpCalls, assert_same_logits, prompt, watch
+from transformers_compare import OpCalls, assert_same_logits, logits, prompt, watch
 
 from torch_flash_mla import ops, reference
 from torch_flash_mla.integrations.transformers import (
@@ -32,15 +32,12 @@ from torch_flash_mla.integrations.transformers.compat import CACHE_ARGUMENT
 
 FAMILY = "deepseek_v4"
 
-pytestmark = pytest.mark.skipif(
-    FAMILY not in shared_key_families(), reason="no such family in this transformers"
-)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(_reproducible: None) -> None:
-    """Models as small as these would spend their time on waking threads."""
-    torch.set_num_threads(1)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(
+        FAMILY not in shared_key_families(), reason="no such family in this transformers"
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +58,6 @@ def text(model: PreTrainedModel, lengths: tuple[int, ...] = (19,), **arguments: 
     """Tokens of ``generate``, greedy unless told otherwise."""
     arguments = {"max_new_tokens": 12, "do_sample": False, **arguments}
     return model.generate(**prompt(lengths), **arguments)
-
-
-def logits(model: PreTrainedModel, ids: Tensor, **arguments: Any) -> Tensor:
-    with torch.no_grad():
-        return model(ids, **arguments).logits
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from transformers import DynamicCache, PreTrainedModel
 from transformers_cases import kv_b, mla_layers, small_model
-from transformers_compare import CACHE_ARGUMENT, prompt, watch
+from transformers_compare import CACHE_ARGUMENT, assert_near, prompt, watch
 
 from torch_flash_mla import DecoderStep, force_isa
 from torch_flash_mla.integrations.transformers import MLACache, patch, unpatch, weights
@@ -25,9 +25,7 @@ FAMILY = "deepseek_v3"
 Wrap = Callable[[nn.Linear], Any]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_reproducible: None) -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +70,6 @@ def logits(model: PreTrainedModel, ids: Tensor, cache: Any = None) -> Tensor:
         for i in range(ids.shape[1] - 3, ids.shape[1]):
             steps.append(model(ids[:, i : i + 1], **{CACHE_ARGUMENT: cache}).logits)
     return torch.cat(steps, dim=1)
-
-
-def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 5e-4) -> None:
-    assert actual.shape == expected.shape
-    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def assert_as_stock(model: PreTrainedModel, ids: Tensor, tolerance: float = 5e-4) -> Tensor:

@@ -147,6 +147,16 @@ class OpCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def logits(model: PreTrainedModel, ids: Tensor, **arguments: Any) -> Tensor:
+    with torch.no_grad():
+        return model(ids, **arguments).logits
+
+
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 5e-4) -> None:
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+
+
 @contextmanager
 def watch(*models: PreTrainedModel) -> Iterator[None]:
     """Checks: each forward pass calls the op once per MLA layer, and never ``expand_kv``."""
